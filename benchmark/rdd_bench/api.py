@@ -1,0 +1,63 @@
+"""Everything a plugin may import. Names here are added in minor versions and removed in major ones."""
+
+from __future__ import annotations
+
+from rdd_bench.augment import draw as draw_augmentation
+from rdd_bench.components import (
+    Architecture,
+    Attack,
+    Component,
+    Dataset,
+    Distiller,
+    DistillTask,
+    NoOptions,
+    Run,
+    Source,
+    embedding_of,
+)
+from rdd_bench.errors import NotApplicable, RddBenchError
+from rdd_bench.hookspecs import hookimpl
+from rdd_bench.threats import ascend, distance, project, random_start
+from rdd_bench.types import (
+    AdversarialTraining,
+    Config,
+    DatasetSpec,
+    DistilledSet,
+    Info,
+    LabelledImages,
+    Norm,
+    Recipe,
+    Splits,
+    Threat,
+)
+
+__all__ = [
+    "AdversarialTraining",
+    "Architecture",
+    "Attack",
+    "Component",
+    "Config",
+    "Dataset",
+    "DatasetSpec",
+    "DistillTask",
+    "DistilledSet",
+    "Distiller",
+    "Info",
+    "LabelledImages",
+    "NoOptions",
+    "Norm",
+    "NotApplicable",
+    "RddBenchError",
+    "Recipe",
+    "Run",
+    "Source",
+    "Splits",
+    "Threat",
+    "ascend",
+    "distance",
+    "draw_augmentation",
+    "embedding_of",
+    "hookimpl",
+    "project",
+    "random_start",
+]

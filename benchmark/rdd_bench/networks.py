@@ -1,0 +1,54 @@
+"""A network as it is evaluated: pixels in, logits out, the preprocessing inside.
+
+Attacks and the host see only this. It is what makes a budget in pixels mean what it says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from rdd_bench.types import DatasetSpec
+
+
+class Normalise(nn.Module):
+    """Subtract the mean and divide by the standard deviation of each channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(spec.mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(spec.std).view(-1, 1, 1))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return (pixels - self.mean) / self.std
+
+    def inverse(self, normalised: Tensor) -> Tensor:
+        """Return the pixels of normalised images."""
+        return normalised * self.std + self.mean
+
+
+class Classifier(nn.Module):
+    """Pixels of [0, 1] to logits."""
+
+    def __init__(self, preprocess: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.preprocess(pixels))
+        return logits
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Return the predicted classes, (n,) on the device of the images."""
+    if not len(images):
+        return torch.empty(0, dtype=torch.long, device=images.device)
+    return torch.cat([model(part).argmax(dim=1) for part in images.split(batch_size)])

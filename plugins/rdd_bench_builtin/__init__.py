@@ -1,0 +1,1 @@
+"""The plugins that come with rdd-bench. They import only ``rdd_bench.api``."""

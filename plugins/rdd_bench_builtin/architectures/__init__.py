@@ -1,0 +1,1 @@
+"""Built-in architectures, one plugin a file."""
