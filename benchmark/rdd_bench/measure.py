@@ -1,0 +1,101 @@
+"""Time, memory and passes, measured by the host around the calls it makes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Meter:
+    """Seconds by phase and the peak of memory, on one device.
+
+    ``seconds["total"]`` is wall-clock time with the device synchronised at both ends; the phases
+    of a plugin only divide it. Peak memory is what torch allocated on a GPU, and the resident
+    set of the process on a CPU (where Linux tells it; None elsewhere).
+    """
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int | None = None
+
+    @contextmanager
+    def total(self) -> Iterator[None]:
+        """Measure everything inside as the whole call."""
+        self._reset_peak()
+        with self.phase("total"):
+            yield
+        self.peak_bytes = self._read_peak()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to the phase of this name."""
+        self._synchronise()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._synchronise()
+            elapsed = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+    def _synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _reset_peak(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        try:
+            # Writing 5 resets the high-water mark of the resident set (proc(5)).
+            _CLEAR_REFS.write_text("5")
+        except OSError:
+            return
+
+    def _read_peak(self) -> int | None:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        try:
+            lines = _STATUS.read_text().splitlines()
+        except OSError:
+            return None
+        kilobytes = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+        return int(kilobytes[0]) * 1024 if kilobytes else None
+
+
+@dataclass
+class PassCounter:
+    """How many images went forward and backward through a network."""
+
+    forward: int = 0
+    backward: int = 0
+
+    @contextmanager
+    def counting(self, model: nn.Module) -> Iterator[None]:
+        """Count the passes through ``model`` made inside, by whoever makes them."""
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            size = len(output)
+            self.forward += size
+            if output.requires_grad:
+                # A hook on the logits fires once for every gradient that flows back from them.
+                output.register_hook(lambda gradient: self._count_backward(size))
+
+        handle = model.register_forward_hook(count)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _count_backward(self, size: int) -> None:
+        self.backward += size

@@ -1,0 +1,303 @@
+"""From options to steps: what will be computed, decided before anything is. Pure, without torch.
+
+A step's address is the hash of what decides its result, and contains the address of the step it
+builds on. Device, paths and clocks never enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rdd_bench import __version__
+from rdd_bench.components import Attack, Distiller
+from rdd_bench.errors import RddBenchError
+from rdd_bench.hashing import digest
+from rdd_bench.protocol import TRACKS, Options, Protocol
+from rdd_bench.records import Component
+from rdd_bench.registry import Offer, Registry, with_argument
+from rdd_bench.types import Recipe, Threat
+
+KEY_VERSION = 1
+"""Raised when the way an address is computed changes."""
+
+REFERENCE_TRACK = "reference"
+"""References are trained by their own recipe and shown in the tables of every track."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A component as it will be run: the plugin and every option resolved."""
+
+    kind: str
+    offer_name: str
+    """Qualified name, by which a worker finds the class again."""
+    component: Component
+    """What the record says; the label is how the user called it."""
+
+    def key(self) -> list[Any]:
+        """What of it decides a result."""
+        c = self.component
+        return [c.name, c.version, c.source_sha256, c.options]
+
+
+@dataclass(frozen=True, slots=True)
+class DistillStep:
+    """Make one distilled set."""
+
+    dataset: Choice
+    subset: tuple[int, int]
+    distiller: Choice
+    role: str
+    ipc: int
+    architecture: Choice
+    seed: int
+    address: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = [
+            self.dataset.key(), self.subset, self.distiller.key(), self.ipc,
+            self.architecture.key(), self.seed,
+        ]  # fmt: skip
+        object.__setattr__(self, "address", _address("distill", key))
+
+    def __str__(self) -> str:
+        ipc = "" if self.role == "reference" else f" ipc {self.ipc}"
+        seed = f" seed {self.seed}" if self.seed else ""
+        return f"distil {self.distiller.component.label}{ipc}{seed}"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainStep:
+    """Train one network on one set, in every seed, and test it."""
+
+    distill: DistillStep
+    architecture: Choice
+    track: str
+    recipe: Recipe | None
+    """None: the set's own."""
+    seeds: tuple[int, ...]
+    batch_size: int
+    address: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe.model_dump(mode="json") if self.recipe else None
+        key = [self.distill.address, self.architecture.key(), recipe, self.seeds, self.batch_size]
+        object.__setattr__(self, "address", _address("train", key))
+
+    def __str__(self) -> str:
+        d = self.distill
+        ipc = "" if d.role == "reference" else f" ipc {d.ipc}"
+        track = "" if self.track in ("natural", REFERENCE_TRACK) else f" ({self.track})"
+        architecture = self.architecture.component.label
+        return f"train {architecture} on {d.distiller.component.label}{ipc}{track}"
+
+
+@dataclass(frozen=True, slots=True)
+class AttackStep:
+    """Attack those networks under one threat."""
+
+    train: TrainStep
+    attack: Choice
+    threat: Threat
+    ranked: bool
+    address: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        key = [self.train.address, self.attack.key(), self.threat.norm, self.threat.eps]
+        object.__setattr__(self, "address", _address("attack", key))
+
+    def __str__(self) -> str:
+        d = self.train.distill
+        ipc = "" if d.role == "reference" else f" ipc {d.ipc}"
+        on = f"{self.train.architecture.component.label} of {d.distiller.component.label}{ipc}"
+        return f"{self.attack.component.label} {self.threat} on {on}"
+
+
+Step = DistillStep | TrainStep | AttackStep
+
+
+def parent(step: Step) -> Step | None:
+    """Return the step whose result this one needs."""
+    if isinstance(step, TrainStep):
+        return step.distill
+    return step.train if isinstance(step, AttackStep) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All steps of a run, each after the one it builds on, and the protocol they obey."""
+
+    protocol: Protocol
+    steps: tuple[Step, ...]
+
+    def of(self, kind: type[Step]) -> list[Step]:
+        return [step for step in self.steps if isinstance(step, kind)]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What the user asked for; None means what the protocol says."""
+
+    distillers: Sequence[str] | None = None
+    architectures: Sequence[str] | None = None
+    attacks: Sequence[str] | None = None
+    datasets: Sequence[str] | None = None
+    ipc: Sequence[int] | None = None
+    seeds: Sequence[int] | None = None
+    tracks: Sequence[str] | None = None
+    options: Options = field(default_factory=dict)
+    """Overrides by component, from --config and --set."""
+
+
+def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> Plan:
+    """Resolve every name and option and lay out the steps.
+
+    Raises:
+        RddBenchError: For an unknown name or option, before anything is computed.
+    """
+    chooser = _Chooser(protocol, selection.options, registry)
+    architectures = [
+        chooser.choose("architecture", name)
+        for name in _chosen(selection.architectures, protocol.architectures, "architectures")
+    ]
+    attacks = [
+        chooser.choose("attack", name)
+        for name in _chosen(selection.attacks, protocol.attacks, "attacks", may_be_empty=True)
+    ]
+    seeds = tuple(_chosen(selection.seeds, protocol.seeds, "seeds"))
+    tracks = _chosen(selection.tracks, protocol.tracks, "tracks")
+    for track in tracks:
+        if track not in TRACKS:
+            raise RddBenchError(f"there is no track '{track}'; the tracks are {', '.join(TRACKS)}")
+    distills = list(_distill_steps(protocol, selection, chooser))
+    chooser.refuse_unused()
+
+    steps: list[Step] = []
+    for distill in distills:
+        steps.append(distill)
+        reference = distill.role == "reference"
+        for track in [REFERENCE_TRACK] if reference else tracks:
+            recipe = protocol.recipe if track == "natural" else None
+            for architecture in architectures:
+                train = TrainStep(
+                    distill, architecture, track, recipe, seeds, protocol.batch_size
+                )
+                steps.append(train)
+                steps.extend(_attack_steps(protocol, train, attacks, registry))
+    return Plan(protocol, tuple(steps))
+
+
+def _distill_steps(
+    protocol: Protocol, selection: Selection, chooser: _Chooser
+) -> Iterable[DistillStep]:
+    named = _chosen(selection.distillers, protocol.distillers, "distillers")
+    # References come first: they take longest, so the other workers are busy beside them.
+    labels = list(dict.fromkeys([*protocol.references, *named]))
+    subset = (protocol.subset.train_per_class, protocol.subset.test_per_class)
+    ipcs = _chosen(selection.ipc, protocol.ipc, "ipc")
+    for ipc in ipcs:
+        if ipc < 1:
+            raise RddBenchError(f"--ipc {ipc}: images per class are 1 or more")
+    for name in _chosen(selection.datasets, protocol.datasets, "datasets"):
+        dataset = chooser.choose("dataset", name)
+        for label in labels:
+            role = chooser.distiller_role(label)
+            reference = role == "reference"
+            for ipc in [0] if reference else ipcs:
+                for seed in [0] if reference else protocol.distill_seeds:
+                    yield DistillStep(
+                        dataset=dataset,
+                        subset=subset,
+                        distiller=chooser.choose("distiller", label, ipc),
+                        role=role,
+                        ipc=ipc,
+                        architecture=chooser.choose(
+                            "architecture", protocol.distill_architecture
+                        ),
+                        seed=seed,
+                    )
+
+
+def _attack_steps(
+    protocol: Protocol, train: TrainStep, attacks: Sequence[Choice], registry: Registry
+) -> Iterable[AttackStep]:
+    for attack in attacks:
+        cls = registry.find("attack", attack.offer_name).cls
+        if not issubclass(cls, Attack):
+            continue
+        for curve in protocol.threats:
+            for threat in curve.threats():
+                ranked = protocol.is_ranked(threat)
+                only_ranked = attack.component.label.split(" ")[0] in protocol.ranked_only
+                if threat.norm in cls.norms and (ranked or not only_ranked):
+                    yield AttackStep(train, attack, threat, ranked)
+
+
+def _address(kind: str, key: Sequence[Any]) -> str:
+    return digest([KEY_VERSION, __version__, kind, key])[:32]
+
+
+def _chosen[T](
+    asked: Sequence[T] | None, default: Sequence[T], what: str, *, may_be_empty: bool = False
+) -> list[T]:
+    chosen = list(dict.fromkeys(default if asked is None else asked))
+    if not chosen and not may_be_empty:
+        raise RddBenchError(f"no {what} are named; give at least one with --{what}")
+    return chosen
+
+
+class _Chooser:
+    """Resolves names and options: plugin's default < protocol < the user's."""
+
+    def __init__(self, protocol: Protocol, overrides: Options, registry: Registry) -> None:
+        self.protocol = protocol
+        self.overrides = overrides
+        self.registry = registry
+        self.used: set[str] = set()
+
+    def choose(self, kind: str, label: str, ipc: int | None = None) -> Choice:
+        """Return the component of a label with its options checked and filled in."""
+        offer = self._offer(kind, label)
+        keys = [label] if ipc is None else [label, f"{label}@{ipc}"]
+        self.used.update(keys)
+        ruled: dict[str, Any] = {}
+        asked: dict[str, Any] = {}
+        for key in keys:
+            ruled |= self.protocol.options.get(key, {})
+            asked |= self.overrides.get(key, {})
+        by_rule = self._resolve(offer, label, ruled)
+        options = self._resolve(offer, label, ruled | asked)
+        changed = [f"{k}={v}" for k, v in options.items() if by_rule.get(k) != v]
+        shown = f"{label} [{', '.join(changed)}]" if changed else label
+        component = Component(
+            name=offer.qualified,
+            label=shown,
+            version=offer.version,
+            source_sha256=offer.source_sha256,
+            options=options,
+        )
+        return Choice(kind, offer.qualified, component)
+
+    def distiller_role(self, label: str) -> str:
+        cls = self._offer("distiller", label).cls
+        return cls.role if issubclass(cls, Distiller) else "method"
+
+    def refuse_unused(self) -> None:
+        """Refuse options for a component that this run does not use: most likely a typo."""
+        for key in self.overrides:
+            if key not in self.used:
+                running = ", ".join(sorted(k for k in self.used if "@" not in k))
+                raise RddBenchError(
+                    f"options are given for '{key}', which this run does not use; it uses {running}"
+                )
+
+    def _offer(self, kind: str, label: str) -> Offer:
+        return self.registry.find(kind, self.protocol.alias.get(label, label))
+
+    def _resolve(self, offer: Offer, label: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        text = self.protocol.alias.get(label, label)
+        config = offer.cls.parse(with_argument(offer, text, options))
+        resolved: dict[str, Any] = config.model_dump(mode="json")
+        return resolved

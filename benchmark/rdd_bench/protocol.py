@@ -1,0 +1,158 @@
+"""The frozen rules of a table: data, seeds, recipe, threats. TOML in, values out.
+
+A protocol that a published result uses never changes; a change is a new name and a new table.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from rdd_bench.errors import RddBenchError, UnknownNameError
+from rdd_bench.hashing import digest
+from rdd_bench.types import Config, Norm, Recipe, Threat, parse_eps
+
+DEFAULT = "digits-v1"
+TRACKS = ("natural", "author")
+
+Eps = Annotated[float, BeforeValidator(parse_eps)]
+Options = dict[str, dict[str, Any]]
+
+
+class ThreatCurve(Config):
+    """One norm and the budgets at which every attack that knows it is run."""
+
+    norm: Norm
+    """Norm of the perturbation."""
+    eps: list[Eps]
+    """Budgets in pixels of [0, 1], written as 8/255 or 0.1."""
+    ranked: Eps
+    """The budget that ranks the table; one of the list."""
+
+    @model_validator(mode="after")
+    def _ranked_is_listed(self) -> ThreatCurve:
+        if self.ranked not in self.eps:
+            raise ValueError(f"ranked eps {self.ranked:g} is not among the eps {self.eps}")
+        return self
+
+    def threats(self) -> list[Threat]:
+        return [Threat(self.norm, eps) for eps in self.eps]
+
+
+class Subset(Config):
+    """A smaller part of a data set, chosen by a fixed rule; 0 takes everything."""
+
+    train_per_class: int = Field(default=0, ge=0)
+    """Training images of every class."""
+    test_per_class: int = Field(default=0, ge=0)
+    """Test images of every class."""
+
+
+class Protocol(Config):
+    """Everything that two results must share to stand in one table."""
+
+    name: str
+    """With a version at its end, such as digits-v1."""
+    summary: str
+    """One sentence."""
+    datasets: list[str]
+    """Data sets, each with tables of its own."""
+    subset: Subset = Subset()
+    """Which part of them is used."""
+    test_sha256: dict[str, str] = Field(default_factory=dict)
+    """Hash of the test images in their order, by data set; checked before anything runs."""
+    distillers: list[str]
+    """Methods and baselines run when none are named."""
+    references: list[str] = Field(default_factory=list)
+    """Distillers of role 'reference' that every table shows."""
+    distill_architecture: str = "convnet"
+    """The network that distillers use."""
+    architectures: list[str]
+    """Networks trained on every set."""
+    attacks: list[str]
+    """Attacks run when none are named."""
+    ranked_only: list[str] = Field(default_factory=list)
+    """Attacks run only at the ranked budget, because they are slow."""
+    ipc: list[int]
+    """Images per class."""
+    seeds: list[int]
+    """Training seeds."""
+    distill_seeds: list[int] = Field(default_factory=lambda: [0])
+    """Distillation seeds."""
+    tracks: list[str] = Field(default_factory=lambda: ["natural"])
+    """'natural': the recipe below for every set; 'author': each set's own."""
+    batch_size: int = Field(default=500, ge=1)
+    """Images at once when networks are tested and attacked."""
+    recipe: Recipe
+    """Training of the natural track."""
+    threats: list[ThreatCurve]
+    """What the attackers may do."""
+    alias: dict[str, str] = Field(default_factory=dict)
+    """Further names for a component, to run it with other options."""
+    options: Options = Field(default_factory=dict)
+    """Options by component; 'dm@10' holds what differs at 10 images per class."""
+
+    @model_validator(mode="after")
+    def _known_tracks(self) -> Protocol:
+        for track in self.tracks:
+            if track not in TRACKS:
+                raise ValueError(f"unknown track '{track}'; known: {', '.join(TRACKS)}")
+        return self
+
+    @property
+    def sha256(self) -> str:
+        """Hash of everything that decides numbers: not the lists of what is run."""
+        selections = {"summary", "distillers", "references", "architectures", "attacks", "ipc"}
+        return digest(self.model_dump(mode="json", exclude=selections))
+
+    def is_ranked(self, threat: Threat) -> bool:
+        return any(c.norm == threat.norm and c.ranked == threat.eps for c in self.threats)
+
+
+def names() -> list[str]:
+    """Return the names of the protocols that come with rdd-bench."""
+    folder = resources.files("rdd_bench") / "protocols"
+    return sorted(Path(f.name).stem for f in folder.iterdir() if f.name.endswith(".toml"))
+
+
+def load_protocol(text: str) -> Protocol:
+    """Return the protocol of a name, or of a path that ends in .toml.
+
+    Raises:
+        RddBenchError: If there is none, or the file breaks a rule, saying which.
+    """
+    if text.endswith(".toml"):
+        path = Path(text)
+        return parse_protocol(read_toml(path), str(path))
+    if text not in names():
+        hint = " A file of your own must end in .toml."
+        raise UnknownNameError("protocol", text, names(), hint)
+    source = (resources.files("rdd_bench") / "protocols" / f"{text}.toml").read_text()
+    return parse_protocol(tomllib.loads(source), text)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file of the user's; every failure is one sentence."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RddBenchError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RddBenchError(f"{path} is not TOML: {error}") from None
+
+
+def parse_protocol(values: Mapping[str, Any], origin: str) -> Protocol:
+    """Check the values of a protocol file."""
+    try:
+        return Protocol.model_validate(values)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'protocol'}: {e['msg'].lower()}"
+            for e in error.errors()
+        )
+        raise RddBenchError(f"protocol {origin}: {problems}") from None
