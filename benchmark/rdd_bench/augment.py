@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rdd_bench.errors import RddBenchError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,10 +45,18 @@ def draw(strategy: str, count: int, size: tuple[int, int]) -> Transform:
         strategy: Names joined by '_' (see ``types.AUGMENTATIONS``); '' gives the identity.
         count: 1 for parameters shared by a batch of any size, else the size of the batch.
         size: Height and width of the images.
+
+    Raises:
+        RddBenchError: If the strategy names an operation that there is not.
     """
     names = [name for name in strategy.split("_") if name]
     if not names:
         return lambda images: images
+    unknown = [name for name in names if name not in _OPERATIONS]
+    if unknown:
+        raise RddBenchError(
+            f"unknown augmentation '{unknown[0]}' in '{strategy}'; known: {', '.join(_OPERATIONS)}"
+        )
     name = names[int(torch.randint(len(names), ()))]
     return _OPERATIONS[name](count, size)
 
@@ -56,7 +65,7 @@ def _uniform(count: int, low: float, high: float) -> Tensor:
     return low + (high - low) * torch.rand(count, 1, 1, 1)
 
 
-def _color(count: int, size: tuple[int, int]) -> Transform:
+def _color(count: int, _size: tuple[int, int]) -> Transform:
     shift = _uniform(count, -BRIGHTNESS / 2, BRIGHTNESS / 2)
     saturation = _uniform(count, 0, SATURATION)
     contrast = _uniform(count, CONTRAST, 1 + CONTRAST)
@@ -103,19 +112,19 @@ def _cutout(count: int, size: tuple[int, int]) -> Transform:
     return lambda images: images * kept.to(images)
 
 
-def _flip(count: int, size: tuple[int, int]) -> Transform:
+def _flip(count: int, _size: tuple[int, int]) -> Transform:
     flipped = torch.rand(count, 1, 1, 1) < 0.5
     return lambda images: torch.where(flipped.to(images.device), images.flip(3), images)
 
 
-def _scale(count: int, size: tuple[int, int]) -> Transform:
+def _scale(count: int, _size: tuple[int, int]) -> Transform:
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0] = _uniform(count, 1 / SCALE, SCALE).flatten()
     theta[:, 1, 1] = _uniform(count, 1 / SCALE, SCALE).flatten()
     return _affine(theta)
 
 
-def _rotate(count: int, size: tuple[int, int]) -> Transform:
+def _rotate(count: int, _size: tuple[int, int]) -> Transform:
     angle = _uniform(count, -ROTATE, ROTATE).flatten().deg2rad()
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 0, 1] = angle.cos(), -angle.sin()
@@ -127,8 +136,12 @@ def _affine(theta: Tensor) -> Transform:
     def apply(images: Tensor) -> Tensor:
         shape = list(images.shape)
         # The authors' code predates align_corners=False; True is what their numbers were made with.
-        grid = torch.nn.functional.affine_grid(theta.to(images), [len(theta), *shape[1:]], align_corners=True)
-        return torch.nn.functional.grid_sample(images, grid.expand(shape[0], -1, -1, -1), align_corners=True)
+        grid = torch.nn.functional.affine_grid(
+            theta.to(images), [len(theta), *shape[1:]], align_corners=True
+        )
+        return torch.nn.functional.grid_sample(
+            images, grid.expand(shape[0], -1, -1, -1), align_corners=True
+        )
 
     return apply
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rdd_bench import __version__
 from rdd_bench.components import Attack, Distiller
@@ -21,6 +21,8 @@ from rdd_bench.types import Recipe, Threat
 
 KEY_VERSION = 1
 """Raised when the way an address is computed changes."""
+
+T = TypeVar("T")
 
 REFERENCE_TRACK = "reference"
 """References are trained by their own recipe and shown in the tables of every track."""
@@ -46,6 +48,7 @@ class Choice:
 class DistillStep:
     """Make one distilled set."""
 
+    protocol_sha256: str
     dataset: Choice
     subset: tuple[int, int]
     distiller: Choice
@@ -57,7 +60,7 @@ class DistillStep:
 
     def __post_init__(self) -> None:
         key = [
-            self.dataset.key(), self.subset, self.distiller.key(), self.ipc,
+            self.protocol_sha256, self.dataset.key(), self.subset, self.distiller.key(), self.ipc,
             self.architecture.key(), self.seed,
         ]  # fmt: skip
         object.__setattr__(self, "address", _address("distill", key))
@@ -163,7 +166,7 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
         for name in _chosen(selection.architectures, protocol.architectures, "architectures")
     ]
     attacks = [
-        chooser.choose("attack", name)
+        (name, chooser.choose("attack", name))
         for name in _chosen(selection.attacks, protocol.attacks, "attacks", may_be_empty=True)
     ]
     seeds = tuple(_chosen(selection.seeds, protocol.seeds, "seeds"))
@@ -208,6 +211,7 @@ def _distill_steps(
             for ipc in [0] if reference else ipcs:
                 for seed in [0] if reference else protocol.distill_seeds:
                     yield DistillStep(
+                        protocol_sha256=protocol.sha256,
                         dataset=dataset,
                         subset=subset,
                         distiller=chooser.choose("distiller", label, ipc),
@@ -221,17 +225,19 @@ def _distill_steps(
 
 
 def _attack_steps(
-    protocol: Protocol, train: TrainStep, attacks: Sequence[Choice], registry: Registry
+    protocol: Protocol,
+    train: TrainStep,
+    attacks: Sequence[tuple[str, Choice]],
+    registry: Registry,
 ) -> Iterable[AttackStep]:
-    for attack in attacks:
+    for name, attack in attacks:
         cls = registry.find("attack", attack.offer_name).cls
         if not issubclass(cls, Attack):
             continue
         for curve in protocol.threats:
             for threat in curve.threats():
                 ranked = protocol.is_ranked(threat)
-                only_ranked = attack.component.label.split(" ")[0] in protocol.ranked_only
-                if threat.norm in cls.norms and (ranked or not only_ranked):
+                if threat.norm in cls.norms and (ranked or name not in protocol.ranked_only):
                     yield AttackStep(train, attack, threat, ranked)
 
 
@@ -239,7 +245,7 @@ def _address(kind: str, key: Sequence[Any]) -> str:
     return digest([KEY_VERSION, __version__, kind, key])[:32]
 
 
-def _chosen[T](
+def _chosen(
     asked: Sequence[T] | None, default: Sequence[T], what: str, *, may_be_empty: bool = False
 ) -> list[T]:
     chosen = list(dict.fromkeys(default if asked is None else asked))

@@ -1,0 +1,129 @@
+"""Attack networks and judge the outcome image by image.
+
+The attack is trusted with nothing: what it returns is checked against the budget and the box,
+projected onto both, and scored again by the host's own forward pass in eval mode. An image
+counts as robust if it is right clean **and** under attack; the denominator is all test images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from rdd_bench import audit
+from rdd_bench.checks import check_candidates
+from rdd_bench.components import Attack, Run
+from rdd_bench.hashing import derive
+from rdd_bench.measure import PassCounter
+from rdd_bench.networks import predict
+from rdd_bench.records import Flag
+from rdd_bench.seeding import seeded
+from rdd_bench.threats import project
+from rdd_bench.types import LabelledImages, Threat
+
+NULL_IMAGES = 32
+"""Images of the null-attack control."""
+PERTURB = "attack"
+"""The phase of a run that is the attack itself, without the controls around it."""
+
+
+@dataclass
+class Judgement:
+    """Which images stay right, for each network, and what the audit saw."""
+
+    robust: list[Tensor] = field(default_factory=list)
+    """One boolean tensor (n,) a network."""
+    flags: list[Flag] = field(default_factory=list)
+    passes: PassCounter = field(default_factory=PassCounter)
+    messages: list[str] = field(default_factory=list)
+
+
+def clean_outcomes(model: nn.Module, test: LabelledImages, batch_size: int) -> Tensor:
+    """Return which test images a network gets right, (n,) booleans."""
+    return predict(model, test.images, batch_size) == test.labels
+
+
+def attack_models(
+    models: Sequence[nn.Module],
+    test: LabelledImages,
+    attack: Attack[object],
+    threat: Threat,
+    seeds: Sequence[int],
+    run: Run,
+    who: str,
+) -> Judgement:
+    """Attack each network on the test images that it gets right.
+
+    Args:
+        models: Pixels to logits, in eval mode with frozen parameters.
+        test: The test split, on the device of the models.
+        attack: The plugin.
+        threat: Norm and budget.
+        seeds: The training seed of each model; the draws of the attack depend on it.
+        run: Where to run.
+        who: The plugin's name in messages.
+    """
+    judgement = Judgement()
+    for model, seed in zip(models, seeds, strict=True):
+        before = audit.state_hash(model)
+        clean = clean_outcomes(model, test, run.batch_size)
+        images, labels = test.images[clean], test.labels[clean]
+        robust = clean.clone()
+        if len(images):
+            _note(judgement, audit.check_input_range(images))
+            _note(judgement, audit.check_deterministic(model, images[: run.batch_size]))
+            _note(judgement, _null_control(model, images, labels, attack, threat, run, who))
+            counting = judgement.passes.counting(model)
+            with counting, seeded(_seed(attack, threat, seed)), run.phase(PERTURB):
+                candidates = attack.perturb(model, images, labels, threat, run)
+            candidates = check_candidates(candidates, images, who)
+            _note(judgement, audit.check_budget(candidates, images, threat))
+            candidates = project(candidates, images, threat)
+            robust[clean] = predict(model, candidates, run.batch_size) == labels
+        judgement.robust.append(robust)
+        _note(judgement, audit.check_state(model, before))
+        for message in getattr(attack, "messages", []):
+            if message not in judgement.messages:
+                judgement.messages.append(message)
+        model.eval()
+    return judgement
+
+
+def _null_control(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    attack: Attack[object],
+    threat: Threat,
+    run: Run,
+    who: str,
+) -> list[Flag]:
+    """Run the attack with a budget of zero on a few images.
+
+    It runs with the plugin's smoke options: the control is about the pixels it hands over, not
+    about its strength, and AutoAttack is slowest where nothing breaks.
+    """
+    control = type(attack).configured({**attack.config.model_dump(), **attack.smoke})
+    assert isinstance(control, Attack)
+    quiet = dataclasses.replace(run, report=lambda what, done, total: None)
+    few, their = images[:NULL_IMAGES], labels[:NULL_IMAGES]
+    nothing = Threat(threat.norm, 0.0)
+    with seeded(_seed(attack, nothing, 0)):
+        candidates = control.perturb(model, few, their, nothing, quiet)
+    candidates = check_candidates(candidates, few, who)
+    flags = audit.check_null_attack(model, few, their, candidates, run.batch_size)
+    return flags + audit.check_budget(candidates, few, nothing)
+
+
+def _seed(attack: Attack[object], threat: Threat, seed: int) -> int:
+    return derive("attack", attack.name, threat.norm, threat.eps, seed)
+
+
+def _note(judgement: Judgement, flags: Sequence[Flag]) -> None:
+    """Keep the first flag of each name: the seeds of a cell mostly raise the same ones."""
+    known = {flag.name for flag in judgement.flags}
+    judgement.flags.extend(flag for flag in flags if flag.name not in known)

@@ -1,0 +1,341 @@
+"""Carry out one step. Runs in the driver or in a worker; returns a record and files, writes none."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdd_bench import artifacts, robustness
+from rdd_bench.checks import check_distilled_set, check_network
+from rdd_bench.components import (
+    Architecture,
+    Attack,
+    Dataset,
+    Distiller,
+    DistillTask,
+    Run,
+    Source,
+)
+from rdd_bench.data import load_splits
+from rdd_bench.environment import describe_environment
+from rdd_bench.errors import NotApplicable, RddBenchError
+from rdd_bench.hashing import derive, digest
+from rdd_bench.measure import Meter
+from rdd_bench.outcomes import pack
+from rdd_bench.plan import AttackStep, Choice, DistillStep, Step, TrainStep
+from rdd_bench.records import (
+    AttackRecord,
+    DistillRecord,
+    EnvironmentRecord,
+    StepRecord,
+    TrainRecord,
+)
+from rdd_bench.registry import Registry, load_plugins
+from rdd_bench.seeding import seeded
+from rdd_bench.store import Store, error_path, networks_path, set_path
+from rdd_bench.training import fit, new_classifier
+from rdd_bench.types import LabelledImages, Splits
+
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where steps run. Nothing here decides a result."""
+
+    out: Path
+    device: str
+    threads: int
+    source: Source
+    protocol_name: str
+    protocol_sha256: str
+    protocol_test_sha256: tuple[tuple[str, str], ...] = ()
+    """The test splits that the protocol pins, by data set."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a step gives back to the driver, which writes it."""
+
+    record: StepRecord
+    files: dict[Path, bytes] = field(default_factory=dict)
+
+
+class Worker:
+    """Carries out steps in one process, and remembers plugins and data between them."""
+
+    def __init__(self, place: Place, registry: Registry | None = None) -> None:
+        self.place = place
+        self.registry = registry or load_plugins()
+        self.device = torch.device(place.device)
+        self.store = Store(place.out)
+        torch.set_num_threads(place.threads)
+        # Verdicts are made in full float32 precision: TF32 would change some of them.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.environment = environment_record(self.device, place.threads)
+        self._splits = lru_cache(maxsize=2)(self._load_splits)
+
+    def carry_out(self, step: Step, report: Report) -> Result:
+        """Run one step; a failure becomes a record too."""
+        try:
+            with tempfile.TemporaryDirectory(prefix="rdd-bench-") as scratch:
+                if isinstance(step, DistillStep):
+                    return self._distill(step, Path(scratch), report)
+                if isinstance(step, TrainStep):
+                    return self._train(step, report)
+                return self._attack(step, Path(scratch), report)
+        except NotApplicable as reason:
+            return Result(self._failure(step, "skipped", str(reason)))
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the run goes on
+            sentence = str(error)
+            if not isinstance(error, RddBenchError):
+                sentence = f"{self._who(step)} raised {type(error).__name__}: {error}"
+            trace = traceback.format_exc().encode()
+            record = self._failure(step, "failed", " ".join(sentence.split()))
+            return Result(record, {error_path(step.address): trace})
+
+    # Each kind of step -----------------------------------------------------------------------
+
+    def _distill(self, step: DistillStep, scratch: Path, report: Report) -> Result:
+        splits = self._splits(step.dataset.offer_name, *_frozen(step.dataset), step.subset)
+        distiller = self._component(step.distiller, Distiller)
+        who = self._who(step)
+        architecture = self._component(step.architecture, Architecture)
+        task = DistillTask(
+            spec=splits.spec,
+            train=splits.train,
+            ipc=step.ipc,
+            architecture=architecture,
+            seed=step.seed,
+        )
+        meter = Meter(self.device)
+        seed = derive(
+            "distill", step.distiller.component.name, splits.spec.name, step.ipc, step.seed
+        )
+        before = _fingerprint(task.train)
+        with seeded(seed), meter.total():
+            made = distiller.distill(task, self._run(scratch, report, meter, 0))
+        if _fingerprint(task.train) != before:
+            raise RddBenchError(f"{who}: changed the training data in place; expected a copy")
+        reference = step.role == "reference"
+        distilled = check_distilled_set(made, splits.spec, None if reference else step.ipc, who)
+        if reference and distilled.recipe is None:
+            raise RddBenchError(f"{who}: a reference without a recipe; expected its own")
+        distilled = dataclasses.replace(
+            distilled, images=distilled.images.detach().cpu(), labels=distilled.labels.cpu()
+        )
+        images = distilled.images
+        outside = ((images < 0) | (images > 1)).float().mean().item()
+        record = DistillRecord(
+            **self._head(step),
+            **_distill_facts(step),
+            train_sha256=splits.spec.train_sha256,
+            num_classes=splits.spec.num_classes,
+            set_sha256=artifacts.set_hash(distilled),
+            images=len(distilled),
+            bytes=distilled.num_bytes,
+            labels="hard" if distilled.labels.ndim == 1 else "soft",
+            pixel_range=(images.min().item(), images.max().item()),
+            out_of_range=outside,
+            own_recipe=distilled.recipe is not None,
+            seconds=meter.seconds,
+            peak_bytes=meter.peak_bytes,
+            notes=dict(distilled.notes),
+        )
+        card = record.model_dump(mode="json", by_alias=True)
+        return Result(record, {set_path(step.address): artifacts.set_to_bytes(distilled, card)})
+
+    def _train(self, step: TrainStep, report: Report) -> Result:
+        splits = self._splits_of(step.distill)
+        path = set_path(step.distill.address)
+        distilled = artifacts.set_from_bytes(self.store.read_file(path), str(path))
+        recipe = step.recipe or distilled.recipe
+        if recipe is None:
+            raise NotApplicable("the distilled set has no recipe of its own")
+        if step.track == "natural":
+            distilled = dataclasses.replace(distilled, labels=distilled.hard_labels)
+        architecture = self._component(step.architecture, Architecture)
+        who = self._who(step)
+        with seeded(0):
+            check_network(architecture.build(splits.spec), splits.spec, who)
+        meter = Meter(self.device)
+        with meter.total():
+            trained = fit(
+                distilled,
+                recipe,
+                architecture,
+                splits.spec,
+                step.seeds,
+                device=self.device,
+                report=report,
+            )
+        test = self._on_device(splits.test)
+        outcomes = [robustness.clean_outcomes(m, test, step.batch_size) for m in trained.models]
+        record = TrainRecord(
+            **self._head(step),
+            **_train_facts(step),
+            recipe=recipe,
+            final_loss=trained.final_loss,
+            **_outcome_facts(outcomes, splits),
+            seconds={"train": meter.seconds["total"]},
+            peak_bytes=meter.peak_bytes,
+        )
+        networks = artifacts.networks_to_bytes(trained.models)
+        return Result(record, {networks_path(step.address): networks})
+
+    def _attack(self, step: AttackStep, scratch: Path, report: Report) -> Result:
+        train = step.train
+        splits = self._splits_of(train.distill)
+        architecture = self._component(train.architecture, Architecture)
+        attack = self._component(step.attack, Attack)
+        fresh = [new_classifier(architecture, splits.spec, seed) for seed in train.seeds]
+        path = networks_path(train.address)
+        models = artifacts.networks_from_bytes(self.store.read_file(path), fresh, str(path))
+        models = [model.to(self.device) for model in models]
+        test = self._on_device(splits.test)
+        meter = Meter(self.device)
+        run = self._run(scratch, report, meter, train.batch_size)
+        with meter.total():
+            judged = robustness.attack_models(
+                models, test, attack, step.threat, train.seeds, run, self._who(step)
+            )
+        provenance = getattr(attack, "provenance", dict)
+        record = AttackRecord(
+            **self._head(step),
+            **_attack_facts(step),
+            **_outcome_facts(judged.robust, splits),
+            seconds={"attack": 0.0, **meter.seconds},
+            peak_bytes=meter.peak_bytes,
+            forward=judged.passes.forward,
+            backward=judged.passes.backward,
+            flags=judged.flags,
+            provenance=provenance(),
+            messages=judged.messages,
+            stronger_than=sorted(attack.stronger_than),
+        )
+        return Result(record)
+
+    # What they share -------------------------------------------------------------------------
+
+    def _component(self, choice: Choice, kind: type[Any]) -> Any:
+        made = self.registry.build(choice.kind, choice.offer_name, choice.component.options)
+        assert isinstance(made, kind)
+        return made
+
+    def _splits_of(self, step: DistillStep) -> Splits:
+        return self._splits(step.dataset.offer_name, *_frozen(step.dataset), step.subset)
+
+    def _load_splits(self, name: str, options: str, label: str, subset: tuple[int, int]) -> Splits:
+        dataset = self.registry.build("dataset", name, json.loads(options))
+        assert isinstance(dataset, Dataset)
+        who = self.registry.find("dataset", name).who
+        splits = load_splits(dataset, who, self.place.source, subset)
+        pinned = dict(self.place.protocol_test_sha256).get(label)
+        if pinned and pinned != splits.spec.test_sha256:
+            raise RddBenchError(
+                f"{who}: the test split has hash {splits.spec.test_sha256[:12]}; protocol "
+                f"{self.place.protocol_name} expects {pinned[:12]}, so the data are not the same"
+            )
+        return splits
+
+    def _on_device(self, part: LabelledImages) -> LabelledImages:
+        return LabelledImages(part.images.to(self.device), part.labels.to(self.device))
+
+    def _run(self, scratch: Path, report: Report, meter: Meter, batch_size: int) -> Run:
+        size = {"batch_size": batch_size} if batch_size else {}
+        return Run(
+            device=self.device, scratch=scratch, phase=meter.phase, report=report, **size
+        )
+
+    def _who(self, step: Step) -> str:
+        choice = (
+            step.distiller
+            if isinstance(step, DistillStep)
+            else step.architecture
+            if isinstance(step, TrainStep)
+            else step.attack
+        )
+        return self.registry.find(choice.kind, choice.offer_name).who
+
+    def _head(self, step: Step) -> dict[str, Any]:
+        return {
+            "address": step.address,
+            "protocol": self.place.protocol_name,
+            "protocol_sha256": self.place.protocol_sha256,
+            "environment": self.environment.address,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    def _failure(self, step: Step, status: str, error: str) -> StepRecord:
+        head = {**self._head(step), "status": status, "error": error}
+        if isinstance(step, DistillStep):
+            return DistillRecord(**head, **_distill_facts(step))
+        if isinstance(step, TrainStep):
+            return TrainRecord(**head, **_train_facts(step))
+        return AttackRecord(**head, **_attack_facts(step))
+
+
+def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
+    """Return the record of this machine; its address is the hash of the facts."""
+    facts = describe_environment(device, threads)
+    return EnvironmentRecord(address=f"environment-{digest(facts)[:16]}", facts=facts)
+
+
+def _frozen(choice: Choice) -> tuple[str, str]:
+    return json.dumps(choice.component.options, sort_keys=True), choice.component.label
+
+
+def _fingerprint(part: LabelledImages) -> tuple[int, int]:
+    """Return what changes when somebody writes into the tensors: their version counters."""
+    return part.images._version, part.labels._version
+
+
+def _distill_facts(step: DistillStep) -> dict[str, Any]:
+    return {
+        "dataset": step.dataset.component.label,
+        "ipc": step.ipc,
+        "role": step.role,
+        "distiller": step.distiller.component,
+        "architecture": step.architecture.component,
+        "seed": step.seed,
+    }
+
+
+def _train_facts(step: TrainStep) -> dict[str, Any]:
+    return {
+        "distill": step.distill.address,
+        "architecture": step.architecture.component,
+        "track": step.track,
+        "seeds": list(step.seeds),
+    }
+
+
+def _attack_facts(step: AttackStep) -> dict[str, Any]:
+    return {
+        **_train_facts(step.train),
+        "train": step.train.address,
+        "attack": step.attack.component,
+        "norm": step.threat.norm,
+        "eps": step.threat.eps,
+        "ranked": step.ranked,
+    }
+
+
+def _outcome_facts(outcomes: list[torch.Tensor], splits: Splits) -> dict[str, Any]:
+    return {
+        "test_sha256": splits.spec.test_sha256,
+        "n": len(splits.test),
+        "correct": [int(outcome.sum()) for outcome in outcomes],
+        "outcomes": [pack(outcome.cpu().numpy()) for outcome in outcomes],
+    }

@@ -1,0 +1,194 @@
+"""DM: synthetic images whose features have the mean of the real ones.
+
+Bo Zhao and Hakan Bilen, "Dataset Condensation with Distribution Matching", WACV 2023,
+arXiv:2110.04181. Every iteration draws an untrained network psi and, for every class c, a batch
+of real images R_c and one Siamese augmentation A_c, and takes one step of SGD on
+
+    L = sum_c || mean_{x in R_c} psi(A_c(x)) - mean_{x in S_c} psi(A_c(x)) ||^2.
+
+Deviations, none of which changes the mathematics:
+
+* Any number of images per class; the authors' program stops at those it has no loop counts for.
+* All classes go through the network together and not one by one, in passes of bounded size. A
+  network with batch normalisation sees one pass, as with the authors, because its statistics
+  depend on what is in it.
+* Networks and batches come from generators that the host seeds; theirs from the clock.
+* A class with fewer than ``batch_real`` images gives all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from rdd_bench.api import (
+    Config,
+    DistilledSet,
+    Distiller,
+    DistillTask,
+    Info,
+    RddBenchError,
+    Recipe,
+    Run,
+    draw_augmentation,
+    embedding_of,
+    hookimpl,
+)
+from rdd_bench_builtin.distillers._coreset import (
+    DSA,
+    Augmentation,
+    choose_at_random,
+    labels_of_classes,
+    members_of_classes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+WINDOW = 100
+"""Iterations over which the final loss is averaged; after as many a loss is looked at."""
+
+
+class DMConfig(Config):
+    """Options of DM."""
+
+    iterations: int = Field(default=20_000, ge=1)
+    """Steps on the synthetic images, each with a new network."""
+    lr: float = Field(default=1.0, gt=0)
+    """Learning rate of the images; the authors take 10 for CIFAR-10 from 100 images per class."""
+    momentum: float = Field(default=0.5, ge=0, lt=1)
+    """Momentum of the images."""
+    batch_real: int = Field(default=256, ge=1)
+    """Real images of every class per step."""
+    init: Literal["real", "noise"] = "real"
+    """Begin with random real images or with standard normal noise."""
+    augment: Augmentation = DSA
+    """Operations of DSA, for the matching and for the author track; '' for none."""
+
+
+class DM(Distiller[DMConfig]):
+    """Match the mean features of real and synthetic images in random networks."""
+
+    name = "dm"
+    info = Info(
+        title="Distribution matching", licence="MIT", paper="https://arxiv.org/abs/2110.04181"
+    )
+    smoke: ClassVar = {"iterations": 20, "batch_real": 32}
+
+    def distill(self, task: DistillTask, run: Run) -> DistilledSet:
+        """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
+
+        Raises:
+            RddBenchError: If the loss is no number, or a class is too small to begin with.
+            NotApplicable: If the architecture offers no features.
+        """
+        options = self.config
+        needed = task.ipc if options.init == "real" else 1
+        classes = members_of_classes(task, self.name, at_least=needed)
+        train = task.train.images.to(run.device)
+        images = _initial_images(task, classes, options.init).to(run.device)
+        optimizer = torch.optim.SGD([images], lr=options.lr, momentum=options.momentum)
+        recent = torch.zeros(min(WINDOW, options.iterations), device=run.device)
+
+        with run.phase("matching"):
+            for iteration in run.track(range(options.iterations), "matching"):
+                network = task.build_network(run.device).train().requires_grad_(False)
+                batches = [choose_at_random(members, options.batch_real) for members in classes]
+                pixels = train[torch.cat(batches).to(run.device)]
+                real = torch.split(task.normalise(pixels), [len(batch) for batch in batches])
+                size = task.spec.shape[1:]
+                transforms = [draw_augmentation(options.augment, 1, size) for _ in classes]
+                loss, images.grad = match(network, real, images, transforms, run)
+                optimizer.step()
+                recent[iteration % WINDOW] = loss
+                # Reading a loss waits for the device, so it is done once in a while.
+                if (iteration + 1) % WINDOW == 0 or iteration + 1 == options.iterations:
+                    _check_losses(recent, iteration)
+
+        return DistilledSet(
+            images=task.denormalise(images.flatten(0, 1)).cpu(),
+            labels=labels_of_classes(task),
+            recipe=Recipe(augment=options.augment),
+            notes={"final_loss": recent.mean().item(), "averaged_iterations": len(recent)},
+        )
+
+
+def match(
+    network: nn.Module,
+    real: Sequence[Tensor],
+    synthetic: Tensor,
+    transforms: Sequence[Callable[[Tensor], Tensor]],
+    run: Run,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss of one iteration and its gradient.
+
+    Args:
+        network: Frozen, in train mode; it offers ``embed``.
+        real: Normalised real images of every class, (m, c, h, w); m may differ.
+        synthetic: Normalised images, (k, ipc, c, h, w).
+        transforms: The augmentation of every class, for both kinds of images.
+        run: How many images may go through the network at once.
+
+    Returns:
+        The loss, a scalar summed over classes and features, and its gradient with respect to
+        the synthetic images, (k, ipc, c, h, w).
+    """
+    embed = embedding_of(network, DM.name)
+    one_pass = _mixes_images(network)
+
+    with torch.no_grad():
+        augmented = torch.cat([t(images) for t, images in zip(transforms, real, strict=True)])
+        passes = torch.split(augmented, len(augmented) if one_pass else run.batch_size)
+        features = torch.cat([embed(images).flatten(1) for images in passes])
+        parts = torch.split(features, [len(images) for images in real])
+        targets = torch.stack([part.mean(dim=0) for part in parts])
+
+    # Classes meet only in the sum of their losses, so the graph of a few of them can be used up
+    # before the next one is made.
+    classes, ipc = synthetic.shape[:2]
+    together = classes if one_pass else max(1, run.batch_size // ipc)
+    losses, gradients = [], []
+    for start in range(0, classes, together):
+        part = slice(start, start + together)
+        images = synthetic[part].detach().requires_grad_()
+        augmented = torch.cat([t(of) for t, of in zip(transforms[part], images, strict=True)])
+        means = embed(augmented).reshape(len(images), ipc, -1).mean(dim=1)
+        loss = (targets[part] - means).square().sum()
+        gradients.extend(torch.autograd.grad(loss, images))
+        losses.append(loss.detach())
+    return torch.stack(losses).sum(), torch.cat(gradients)
+
+
+def _initial_images(task: DistillTask, classes: Sequence[Tensor], init: str) -> Tensor:
+    """Return normalised images to begin with, (k, ipc, c, h, w)."""
+    shape = (len(classes), task.ipc, *task.spec.shape)
+    if init == "noise":
+        return torch.randn(shape)
+    chosen = torch.cat([choose_at_random(members, task.ipc) for members in classes])
+    return task.normalise(task.train.images[chosen].cpu()).reshape(shape)
+
+
+def _mixes_images(network: nn.Module) -> bool:
+    """Whether what the network makes of an image depends on the others in its pass."""
+    batch_norm = torch.nn.modules.batchnorm._BatchNorm
+    return any(isinstance(module, batch_norm) for module in network.modules())
+
+
+def _check_losses(recent: Tensor, iteration: int) -> None:
+    """Stop at the first loss of the window, which ends at ``iteration``, that is no number."""
+    last = iteration % WINDOW
+    for position, loss in enumerate(recent[: last + 1].tolist()):
+        if not math.isfinite(loss):
+            raise RddBenchError(
+                f"{DM.name}: the loss of iteration {iteration - last + position + 1} is {loss}; "
+                f"expected a finite number; lower the option lr"
+            )
+
+
+@hookimpl
+def rdd_bench_distillers() -> list[type[Distiller[Any]]]:
+    return [DM]
