@@ -53,6 +53,8 @@ class DistillStep:
     subset: tuple[int, int]
     distiller: Choice
     role: str
+    control: bool
+    """Whether the protocol compares every other row with this one."""
     ipc: int
     architecture: Choice
     seed: int
@@ -216,6 +218,7 @@ def _distill_steps(
                         subset=subset,
                         distiller=chooser.choose("distiller", label, ipc),
                         role=role,
+                        control=label == protocol.control,
                         ipc=ipc,
                         architecture=chooser.choose(
                             "architecture", protocol.distill_architecture

@@ -70,6 +70,8 @@ class Protocol(Config):
     """Methods and baselines run when none are named."""
     references: list[str] = Field(default_factory=list)
     """Distillers of role 'reference' that every table shows."""
+    control: str = ""
+    """The distiller with which every other row is compared."""
     distill_architecture: str = "convnet"
     """The network that distillers use."""
     architectures: list[str]

@@ -85,6 +85,8 @@ class DistillRecord(_Record):
     ipc: int
     """Images per class asked for; 0 for a reference, which has any number."""
     role: Literal["method", "baseline", "reference"]
+    control: bool = False
+    """Whether the protocol compares every other row with this one."""
     distiller: Component
     architecture: Component
     seed: int

@@ -306,6 +306,7 @@ def _distill_facts(step: DistillStep) -> dict[str, Any]:
         "dataset": step.dataset.component.label,
         "ipc": step.ipc,
         "role": step.role,
+        "control": step.control,
         "distiller": step.distiller.component,
         "architecture": step.architecture.component,
         "seed": step.seed,

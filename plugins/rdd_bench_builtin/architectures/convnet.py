@@ -14,7 +14,8 @@ where only 28x28 occurs).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -50,11 +51,11 @@ class Options(Config):
 
 
 class ConvNet(Architecture[Options]):
-    """Convolution, normalisation, activation and pooling, repeated; the field's standard network."""
+    """Blocks of convolution, norm, activation and pooling; the field's standard network."""
 
     name = "convnet"
     info = Info(title="ConvNet", licence="MIT", paper="https://arxiv.org/abs/1804.09458")
-    smoke = {"depth": 2, "width": 8}
+    smoke: ClassVar[Mapping[str, Any]] = {"depth": 2, "width": 8}
 
     def build(self, spec: DatasetSpec) -> nn.Module:
         """Return a network whose ``embed`` is the last map, flattened: (n, width * h' * w').

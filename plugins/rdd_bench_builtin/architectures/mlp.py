@@ -8,8 +8,9 @@ Deviation: the first layer is sized by the image; the authors' code knows two si
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -33,8 +34,10 @@ class MLP(Architecture[Options]):
     """Linear layers with ReLU between them."""
 
     name = "mlp"
-    info = Info(title="Multilayer perceptron", licence="MIT", paper="https://arxiv.org/abs/2006.05929")
-    smoke = {"width": 16}
+    info = Info(
+        title="Multilayer perceptron", licence="MIT", paper="https://arxiv.org/abs/2006.05929"
+    )
+    smoke: ClassVar[Mapping[str, Any]] = {"width": 16}
 
     def build(self, spec: DatasetSpec) -> nn.Module:
         """Return a network whose ``embed`` is the last hidden layer, (n, width).

@@ -10,8 +10,9 @@ image; the width can be changed; normalisation can be per image, with learnt sca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil, gcd
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -42,9 +43,9 @@ class ResNet18(Architecture[Options]):
         title="ResNet-18 for small images",
         licence="MIT",
         paper="https://arxiv.org/abs/1512.03385",
-        origin="stem and stages written from the paper, residual blocks from torchvision (BSD-3-Clause)",
+        origin="written from the paper, with the residual blocks of torchvision (BSD-3-Clause)",
     )
-    smoke = {"width": 8}
+    smoke: ClassVar[Mapping[str, Any]] = {"width": 8}
 
     def build(self, spec: DatasetSpec) -> nn.Module:
         """Return a network whose ``embed`` is the pooled last map, (n, 8 * width).

@@ -12,7 +12,8 @@ other images is not comparable.
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -59,7 +60,7 @@ class Timm(Architecture[Options]):
         origin="models from the package timm (Apache-2.0)",
     )
     argument = "model"
-    smoke = {"model": "test_resnet"}
+    smoke: ClassVar[Mapping[str, Any]] = {"model": "test_resnet"}
 
     def build(self, spec: DatasetSpec) -> nn.Module:
         """Return a network whose ``embed`` is what the model's classifier sees, (n, d).
@@ -79,7 +80,7 @@ class Timm(Architecture[Options]):
                 network(images), network.embed(images)
         except REFUSALS as error:
             shape = "x".join(map(str, spec.shape))
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split()) or f"{type(error).__name__} without a reason"
             raise NotApplicable(
                 f"timm:{self.config.model} cannot take images of {shape}: {reason}"
             ) from error
@@ -99,19 +100,34 @@ class Timm(Architecture[Options]):
                 f"say timm:{bare}"
             )
         near = difflib.get_close_matches(name, known, n=3)
-        did_you_mean = f"; did you mean {' or '.join(near)}?" if near else ""
+        did_you_mean = f"did you mean {' or '.join(near)}? All " if near else "the "
         raise RddBenchError(
-            f"timm {timm.__version__} has no model '{name}'{did_you_mean or '; see'} "
-            f"timm.list_models() names all {len(known)}"
+            f"timm {timm.__version__} has no model '{name}'; {did_you_mean}{len(known)} names "
+            f"are in timm.list_models()"
         )
 
     def _create(self, spec: DatasetSpec) -> nn.Module:
         import timm
 
-        # Nothing in timm tells which models take the size, so it is offered to each.
+        def create(**size: Any) -> nn.Module:
+            model: nn.Module = timm.create_model(
+                self.config.model,
+                pretrained=False,
+                num_classes=spec.num_classes,
+                in_chans=spec.shape[0],
+                **size,
+            )
+            return model
+
+        # Nothing in timm tells which models take the image size, so it is offered to each.
         try:
-            return self._made(timm, spec, img_size=spec.shape[1:])
+            return create(img_size=spec.shape[1:])
         except TypeError as error:
             if "img_size" not in str(error):
                 raise
-        return self._made(timm, spec)
+        return create()
+
+
+@hookimpl
+def rdd_bench_architectures() -> list[type[Architecture[Any]]]:
+    return [Timm]

@@ -21,15 +21,14 @@ import importlib.metadata
 import importlib.util
 import inspect
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rdd_bench.api import NotApplicable, RddBenchError
+from rdd_bench_builtin.attacks._undisturbed import undisturbed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -116,7 +115,7 @@ def run_autoattack(
     images: Tensor,
     labels: Tensor,
     settings: Settings,
-    started: Callable[[str, int, int], None],
+    report: Callable[[str, int, int], None],
 ) -> tuple[Tensor, list[str]]:
     """Attack the images and return them (n, c, h, w) with the flags that the package raised.
 
@@ -125,8 +124,8 @@ def run_autoattack(
         images: Float32 pixels of [0, 1], (n, c, h, w), n > 0.
         labels: True classes (n,).
         settings: What to run.
-        started: Called with a sub-attack's name, its number and their count, as each batch of
-            it starts.
+        report: Told a sub-attack's name, how many are done and how many there are, as each
+            batch of it starts.
 
     Raises:
         RddBenchError: If the images are not what the packages can attack.
@@ -137,11 +136,7 @@ def run_autoattack(
     package = importlib.import_module(name)
     checks = importlib.import_module(f"{name}.checks")
     flags = Flags()
-    with ExitStack() as guards:
-        guards.enter_context(torch.inference_mode(False))
-        guards.enter_context(_frozen(model))
-        guards.enter_context(_generators_kept())
-        guards.enter_context(_trace_kept())
+    with undisturbed(model):
         images = images.detach().clone(memory_format=torch.contiguous_format)
         labels = labels.detach().clone().long()
         with torch.no_grad():
@@ -151,13 +146,15 @@ def run_autoattack(
         _fit_to_classes(adversary, classes, flags)
         if "square" in adversary.attacks_to_run and settings.norm == "l2":
             _check_square_fits(*images.shape[2:])
-        _announce(adversary, started)
+        _announce(adversary, report)
 
         for function in checks.funcs:
             checks.funcs[function] = 0
         evaluate = adversary.run_standard_evaluation
         size = "bs" if "bs" in inspect.signature(evaluate).parameters else "batch_size"
         result = evaluate(images, labels, **{size: settings.batch_size})
+        count = len(adversary.attacks_to_run)
+        report(adversary.attacks_to_run[-1], count, count)
     # pyautoattack returns the new predictions as well; the host makes its own.
     attacked: Tensor = result[0] if isinstance(result, tuple) else result
     return attacked.detach(), flags.messages
@@ -257,8 +254,8 @@ def _check_square_fits(height: int, width: int) -> None:
         )
 
 
-def _announce(adversary: Any, started: Callable[[str, int, int], None]) -> None:
-    """Call ``started`` whenever a sub-attack begins on a batch."""
+def _announce(adversary: Any, report: Callable[[str, int, int], None]) -> None:
+    """Call ``report`` whenever a sub-attack begins on a batch."""
     names: list[str] = adversary.attacks_to_run
 
     def announced(component: Any, name_of: Callable[[Any], str]) -> None:
@@ -266,7 +263,7 @@ def _announce(adversary: Any, started: Callable[[str, int, int], None]) -> None:
 
         def perturb_and_tell(images: Tensor, labels: Tensor) -> Any:
             name = name_of(component)
-            started(name, names.index(name), len(names))
+            report(name, names.index(name), len(names))
             return perturb(images, labels)
 
         component.perturb = perturb_and_tell
@@ -275,39 +272,3 @@ def _announce(adversary: Any, started: Callable[[str, int, int], None]) -> None:
     announced(adversary.apgd_targeted, lambda _: "apgd-t")
     announced(adversary.fab, lambda fab: "fab-t" if fab.targeted else "fab")
     announced(adversary.square, lambda _: "square")
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode without parameter gradients, and back."""
-    training = [module for module in model.modules() if module.training]
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-        for parameter in learning:
-            parameter.requires_grad_(True)
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Undo the packages' reseeding of torch's generators."""
-    initialised = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = list(range(torch.cuda.device_count())) if initialised else []
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-@contextmanager
-def _trace_kept() -> Iterator[None]:
-    """Undo the packages' removal of the trace function."""
-    trace = sys.gettrace()
-    try:
-        yield
-    finally:
-        sys.settrace(trace)

@@ -151,7 +151,8 @@ def match(
     # before the next one is made.
     classes, ipc = synthetic.shape[:2]
     together = classes if one_pass else max(1, run.batch_size // ipc)
-    losses, gradients = [], []
+    losses: list[Tensor] = []
+    gradients: list[Tensor] = []
     for start in range(0, classes, together):
         part = slice(start, start + together)
         images = synthetic[part].detach().requires_grad_()

@@ -1,0 +1,408 @@
+"""FGSM and PGD, and what every attack must keep, on a network trained on real digits."""
+
+import contextlib
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from rdd_bench.api import RddBenchError, Run, Threat, distance
+from rdd_bench_builtin.attacks._gradient import input_gradient, margin
+from rdd_bench_builtin.attacks.autoattack import AutoAttack
+from rdd_bench_builtin.attacks.fgsm import FGSM
+from rdd_bench_builtin.attacks.pgd import PGD
+
+BUDGETS = {"linf": 0.1, "l2": 0.6}
+ATTACKS = {
+    "fgsm": (FGSM, {}),
+    "pgd": (PGD, {}),
+    "pgd-margin-restarts": (PGD, {"loss": "margin", "restarts": 3, "steps": 5}),
+    "autoattack": (AutoAttack, {"iterations": 5, "square_queries": 20}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A small network with 120 test images that it classifies correctly."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images / 16, dtype=torch.float32).unsqueeze(1)
+    labels = torch.tensor(data.target)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(512, 10),
+        )
+        optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+        for _ in range(6):
+            for batch in torch.randperm(1400).split(64):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()
+                optimizer.step()
+    network.zero_grad()
+    network.eval().requires_grad_(False)
+    images, labels = images[1400:], labels[1400:]
+    correct = (network(images).argmax(1) == labels).nonzero().flatten()[:120]
+    return network, images[correct], labels[correct]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(tmp_path)
+
+
+def make_run(tmp_path, batch_size=50, report=lambda what, done, total: None):
+    return Run(
+        device=torch.device("cpu"),
+        scratch=tmp_path,
+        phase=lambda name: contextlib.nullcontext(),
+        report=report,
+        batch_size=batch_size,
+    )
+
+
+def robust(model, attacked, labels):
+    return model(attacked).argmax(1) == labels
+
+
+def attack(name, digits, threat, run, **options):
+    kind, given = ATTACKS[name]
+    torch.manual_seed(1)
+    return kind.configured(given | options).perturb(*digits, threat, run)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("norm", BUDGETS)
+class TestEveryAttack:
+    def test_stays_within_the_budget_and_the_pixel_range(self, name, norm, digits, run):
+        threat = Threat(norm, BUDGETS[norm])
+        attacked = attack(name, digits, threat, run)
+        assert attacked.shape == digits[1].shape
+        assert attacked.dtype == torch.float32
+        assert attacked.min() >= 0
+        assert attacked.max() <= 1
+        assert distance(attacked, digits[1], norm).max() <= threat.eps * (1 + 1e-4) + 1e-6
+        # An attack that does nothing would pass all of the above.
+        assert robust(digits[0], attacked, digits[2]).float().mean() < 0.9
+
+    def test_without_a_budget_returns_the_very_images(self, name, norm, digits, run):
+        assert torch.equal(attack(name, digits, Threat(norm, 0.0), run), digits[1])
+
+    def test_an_empty_batch_works(self, name, norm, digits, run):
+        network, images, labels = digits
+        empty = attack(name, (network, images[:0], labels[:0]), Threat(norm, 0.1), run)
+        assert empty.shape == (0, 1, 8, 8)
+
+    def test_one_image_works(self, name, norm, digits, run):
+        network, images, labels = digits
+        one = attack(name, (network, images[:1], labels[:1]), Threat(norm, 0.1), run)
+        assert one.shape == (1, 1, 8, 8)
+
+    def test_same_seed_same_bits(self, name, norm, digits, run):
+        threat = Threat(norm, BUDGETS[norm])
+        network, images, labels = digits
+        few = (network, images[:40], labels[:40])
+        assert torch.equal(attack(name, few, threat, run), attack(name, few, threat, run))
+
+    def test_leaves_the_caller_as_it_was(self, name, norm, digits, run):
+        network, images, labels = digits
+        images, labels = images[:20].clone(), labels[:20].clone()
+        before = images.clone(), labels.clone()
+        weights = {key: value.clone() for key, value in network.state_dict().items()}
+        trace = sys.gettrace()
+        marker = lambda frame, event, argument: None  # noqa: E731
+        sys.settrace(marker)
+        try:
+            attack(name, (network, images, labels), Threat(norm, 0.1), run)
+            assert sys.gettrace() is marker
+        finally:
+            sys.settrace(trace)
+        assert torch.equal(images, before[0])
+        assert torch.equal(labels, before[1])
+        assert not images.requires_grad
+        assert not any(module.training for module in network.modules())
+        for key, parameter in network.named_parameters():
+            assert torch.equal(parameter, weights[key])
+            assert parameter.grad is None
+            assert not parameter.requires_grad
+
+    def test_works_under_inference_mode(self, name, norm, digits, run):
+        network, images, labels = digits
+        few = (network, images[:20], labels[:20])
+        expected = attack(name, few, Threat(norm, 0.1), run)
+        with torch.inference_mode():
+            inside = attack(
+                name, (network, images[:20].clone(), labels[:20].clone()), Threat(norm, 0.1), run
+            )
+        assert torch.equal(inside, expected)
+
+    def test_the_memory_layout_does_not_matter(self, name, norm, digits, run):
+        network, images, labels = digits
+        colour = nn.Sequential(Grey(), network)
+        images = images[:20].expand(-1, 3, -1, -1).contiguous()
+        last = images.to(memory_format=torch.channels_last)
+        expected = attack(name, (colour, images, labels[:20]), Threat(norm, 0.1), run)
+        got = attack(name, (colour, last, labels[:20]), Threat(norm, 0.1), run)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+
+    def test_a_larger_budget_breaks_more(self, name, norm, digits, run):
+        network, images, labels = digits
+        few = (network, images[:60], labels[:60])
+        counts = [
+            int(
+                robust(
+                    network, attack(name, few, Threat(norm, part * BUDGETS[norm]), run), few[2]
+                ).sum()
+            )
+            for part in (0.0, 0.5, 1.0, 2.0)
+        ]
+        assert counts == sorted(counts, reverse=True)
+        assert counts[0] == 60
+        assert counts[3] < counts[1]
+
+    def test_reports_its_progress(self, name, norm, digits, tmp_path):
+        seen = []
+        run = make_run(tmp_path, report=lambda what, done, total: seen.append((done, total)))
+        attack(name, digits, Threat(norm, 0.1), run)
+        assert seen[0][0] == 0
+        assert seen[-1][0] == seen[-1][1] > 1
+
+
+class Grey(nn.Module):
+    def forward(self, images):
+        return images.mean(dim=1, keepdim=True)
+
+
+class Linear(nn.Module):
+    """Two classes, ``logits[1] - logits[0] = weight . pixels - 0.5``."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(16, generator=generator)
+        self.register_buffer("weight", weight / weight.abs().sum())
+
+    def forward(self, images):
+        difference = (images - 0.5).flatten(1) @ self.weight
+        return torch.stack([torch.zeros_like(difference), 30 * difference], dim=1)
+
+
+@pytest.mark.parametrize("norm", BUDGETS)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (FGSM, {}),
+        (PGD, {"random_start": False}),
+        (PGD, {"loss": "margin"}),
+        (AutoAttack, {"iterations": 10, "square_queries": 20}),
+    ],
+)
+def test_on_a_linear_network_the_verdicts_are_the_analytic_ones(norm, kind, options, run):
+    # Pixels stay away from 0 and 1, so that only the budget binds: an image is robust exactly
+    # if |w . x| > eps * dual norm of w.
+    model = Linear()
+    generator = torch.Generator().manual_seed(1)
+    images = 0.4 + 0.2 * torch.rand(200, 1, 4, 4, generator=generator)
+    slack = ((images - 0.5).flatten(1) @ model.weight).abs()
+    eps = {"linf": 0.03, "l2": 0.12}[norm]
+    reach = eps * (model.weight.abs().sum() if norm == "linf" else model.weight.norm())
+    clear = (slack - reach).abs() > 0.005 * reach
+    images, slack = images[clear], slack[clear]
+    labels = model(images).argmax(1)
+    if kind is AutoAttack and norm == "l2":
+        options = options | {"attacks": ("apgd-ce", "fab-t")}  # Square needs five pixels in L2.
+    torch.manual_seed(0)
+    attacked = kind.configured(options).perturb(model, images, labels, Threat(norm, eps), run)
+    expected = slack > reach
+    assert 0.2 < expected.float().mean() < 0.8
+    assert torch.equal(robust(model, attacked, labels), expected)
+
+
+@pytest.fixture(scope="module")
+def foolbox():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please import `gaussian_filter`", DeprecationWarning)
+        return pytest.importorskip("foolbox")
+
+
+class TestAgainstFoolbox:
+    def test_fgsm(self, foolbox, digits, run):
+        network, images, labels = digits
+        theirs = self.run(foolbox, foolbox.attacks.LinfFastGradientAttack(), digits, 0.1)
+        ours = attack("fgsm", digits, Threat("linf", 0.1), run)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        assert torch.equal(robust(network, ours, labels), robust(network, theirs, labels))
+
+    def test_fgm_in_l2(self, foolbox, digits, run):
+        theirs = self.run(foolbox, foolbox.attacks.L2FastGradientAttack(), digits, 0.6)
+        ours = attack("fgsm", digits, Threat("l2", 0.6), run)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("norm", BUDGETS)
+    def test_pgd(self, norm, foolbox, digits, run):
+        network, images, labels = digits
+        kind = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm]
+        theirs = self.run(
+            foolbox, kind(steps=20, rel_stepsize=2.5 / 20, random_start=False), digits, BUDGETS[norm]
+        )
+        ours = attack("pgd", digits, Threat(norm, BUDGETS[norm]), run, random_start=False)
+        tolerance = {"linf": 1e-6, "l2": 1e-3}[norm]
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+        assert torch.equal(robust(network, ours, labels), robust(network, theirs, labels))
+
+    @staticmethod
+    def run(foolbox, method, digits, eps):
+        network, images, labels = digits
+        model = foolbox.PyTorchModel(network, bounds=(0, 1), device="cpu")
+        # foolbox keeps the clean image where the attack fails in the clipped output as well.
+        raw, _, _ = method(model, images, labels, epsilons=eps)
+        return raw
+
+
+class TestPGD:
+    @pytest.mark.parametrize("norm", BUDGETS)
+    def test_is_at_least_as_strong_as_fgsm(self, norm, digits, run):
+        threat = Threat(norm, BUDGETS[norm])
+        network, _, labels = digits
+        weak = robust(network, attack("fgsm", digits, threat, run), labels).sum()
+        strong = robust(network, attack("pgd", digits, threat, run, steps=40), labels).sum()
+        assert strong <= weak + 1
+        assert PGD.stronger_than == {"fgsm"}
+
+    def test_a_restart_keeps_what_was_broken_and_breaks_more(self, digits, run, tmp_path):
+        threat = Threat("linf", 0.08)
+        network, images, labels = digits
+        # One batch, so that the first restart draws the same start in both runs.
+        whole = make_run(tmp_path, batch_size=len(images))
+        once = attack("pgd", digits, threat, whole, steps=2, relative_step=1.0)
+        often = attack("pgd", digits, threat, whole, steps=2, relative_step=1.0, restarts=8)
+        broken = ~robust(network, once, labels)
+        assert torch.equal(often[broken], once[broken])
+        assert (~robust(network, often, labels)).sum() > broken.sum()
+
+    def test_a_broken_image_is_not_attacked_again(self, digits, tmp_path):
+        network, images, labels = digits
+        seen = []
+
+        class Counting(nn.Module):
+            def forward(self, pixels):
+                seen.append(len(pixels))
+                return network(pixels)
+
+        threat = Threat("linf", 1.0)
+        whole = make_run(tmp_path, batch_size=len(images))
+        attack("pgd", (Counting(), images, labels), threat, whole, restarts=5)
+        # 20 steps on all; then one look, after which few or no images are left.
+        assert seen[:21] == [120] * 21
+        assert all(count < 40 for count in seen[21:])
+
+    def test_the_step_follows_the_budget(self, run):
+        # From the image, with a gradient of ones, one step of two goes half of relative_step.
+        model = Slope()
+        images = torch.full((1, 1, 2, 2), 0.5)
+        options = {"steps": 2, "relative_step": 0.5, "random_start": False}
+        got = PGD.configured(options).perturb(
+            model, images, torch.zeros(1, dtype=torch.long), Threat("linf", 0.2), run
+        )
+        torch.testing.assert_close(got, torch.full((1, 1, 2, 2), 0.6))
+
+    def test_random_starts_differ_between_images_and_calls(self, digits, run):
+        network, images, labels = digits
+        same = images[:1].expand(2, -1, -1, -1)
+        got = attack("pgd", (network, same, labels[:1].expand(2)), Threat("l2", 0.6), run, steps=1)
+        assert not torch.equal(got[0], got[1])
+
+    def test_over_confidence_hides_from_the_cross_entropy_but_not_from_the_margin(
+        self, digits, run
+    ):
+        network, images, labels = digits
+        loud = nn.Sequential(network, Times(1000.0))
+        threat = Threat("linf", 0.1)
+
+        def survivors(model, loss):
+            attacked = attack("pgd", (model, images, labels), threat, run, loss=loss)
+            return int(robust(network, attacked, labels).sum())
+
+        assert survivors(loud, "ce") > survivors(network, "ce") + 10
+        assert abs(survivors(loud, "margin") - survivors(network, "margin")) <= 1
+
+    def test_equal_restarts_are_refused(self):
+        with pytest.raises(RddBenchError, match="restarts without random_start"):
+            PGD.configured({"restarts": 2, "random_start": False})
+
+    @pytest.mark.parametrize(
+        "options", [{"steps": 0}, {"relative_step": 0}, {"restarts": 0}, {"loss": "dlr"}, {"x": 1}]
+    )
+    def test_impossible_options_are_refused(self, options):
+        with pytest.raises(RddBenchError, match=next(iter(options))):
+            PGD.configured(options)
+
+
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits):
+        return self.factor * logits
+
+
+class Slope(nn.Module):
+    """The wrong logit is the sum of the pixels."""
+
+    def forward(self, images):
+        total = images.flatten(1).sum(1)
+        return torch.stack([torch.zeros_like(total), total], dim=1)
+
+
+def test_batches_do_not_change_fgsm(digits, tmp_path):
+    threat = Threat("linf", 0.1)
+    small = attack("fgsm", digits, threat, make_run(tmp_path, batch_size=7))
+    whole = attack("fgsm", digits, threat, make_run(tmp_path, batch_size=500))
+    torch.testing.assert_close(small, whole, rtol=0, atol=1e-6)
+
+
+def test_the_margin_of_known_logits():
+    logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, 1.0]])
+    assert margin(logits, torch.tensor([0, 2])).tolist() == [-1.0, 4.0]
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_the_gradient_is_that_of_finite_differences(loss, digits):
+    network, images, labels = digits
+    double = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    point = torch.linspace(0.1, 0.8, 4, dtype=torch.float64).view(1, 1, 2, 2)
+    label = torch.tensor([1])
+
+    def value(pixels):
+        logits = double(pixels)
+        if loss == "margin":
+            return margin(logits, label).item()
+        return nn.functional.cross_entropy(logits, label).item()
+
+    expected = torch.stack(
+        [
+            torch.tensor((value(point + unit) - value(point - unit)) / 2e-6)
+            for unit in 1e-6 * torch.eye(4, dtype=torch.float64).view(4, 1, 1, 2, 2)
+        ]
+    )
+    got = input_gradient(double, point, label, loss).flatten()
+    torch.testing.assert_close(got.float(), expected.float(), rtol=1e-5, atol=1e-8)
+    assert double[1].weight.grad is None
