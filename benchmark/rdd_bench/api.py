@@ -1,4 +1,4 @@
-"""Everything a plugin may import. Names here are added in minor versions and removed in major ones."""
+"""Everything a plugin may import. Names are added in minor versions and removed in major ones."""
 
 from __future__ import annotations
 

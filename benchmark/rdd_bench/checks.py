@@ -52,8 +52,10 @@ def check_distilled_set(
     if not isinstance(distilled, DistilledSet):
         raise ContractError(who, f"distill returned {type(distilled).__name__}", "a DistilledSet")
     _check_images(distilled.images, spec.shape, who)
-    labels = distilled.labels
-    if isinstance(labels, Tensor) and labels.ndim == 2:
+    labels: Any = distilled.labels
+    if not isinstance(labels, Tensor):
+        raise ContractError(who, f"labels are {type(labels).__name__}", "a torch tensor")
+    if labels.ndim == 2:
         _check_soft_labels(labels, len(distilled), spec.num_classes, who)
     else:
         _check_hard_labels(labels, len(distilled), spec.num_classes, who)
@@ -82,15 +84,14 @@ def _check_images(images: Any, shape: tuple[int, int, int], who: str) -> None:
         raise ContractError(who, f"{bad} pixels are NaN or infinite", "finite pixels")
 
 
-def _check_hard_labels(labels: Any, count: int, num_classes: int, who: str) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-        found = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+def _check_hard_labels(labels: Tensor, count: int, num_classes: int, who: str) -> None:
+    if labels.dtype != torch.int64:
         raise ContractError(
-            who, f"labels are {found}", "int64 (n,), or float32 (n, k) probabilities"
+            who, f"labels are {labels.dtype}", "int64 (n,), or float32 (n, k) probabilities"
         )
     if tuple(labels.shape) != (count,):
         raise ContractError(who, f"labels of shape {tuple(labels.shape)}", f"({count},)")
-    if count and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+    if count and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
         raise ContractError(
             who,
             f"labels span {int(labels.min())}..{int(labels.max())}",
@@ -132,9 +133,7 @@ def check_candidates(candidates: Any, images: Tensor, who: str) -> Tensor:
     """Return what an attack made, if it is as many finite images as it was given."""
     if not isinstance(candidates, Tensor) or candidates.shape != images.shape:
         found = (
-            tuple(candidates.shape)
-            if isinstance(candidates, Tensor)
-            else type(candidates).__name__
+            tuple(candidates.shape) if isinstance(candidates, Tensor) else type(candidates).__name__
         )
         raise ContractError(who, f"perturb returned {found}", f"images {tuple(images.shape)}")
     if candidates.dtype != images.dtype:

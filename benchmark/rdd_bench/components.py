@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -79,7 +79,7 @@ class Component(ABC, Generic[ConfigT]):
         self.config = config if config is not None else self.config_class()  # type: ignore[assignment]
 
     @classmethod
-    def configured(cls, options: Mapping[str, Any]) -> Component[Any]:
+    def configured(cls, options: Mapping[str, Any]) -> Self:
         """Build the component from plain options.
 
         Raises:
@@ -124,7 +124,7 @@ class DistillTask:
     """Which repetition this is. The host has already seeded the generators with it."""
 
     def build_network(self, device: torch.device) -> nn.Module:
-        """Return a fresh, randomly initialised network on ``device``; it wants normalised images."""
+        """Return a fresh random network on ``device``; it wants normalised images."""
         return self.architecture.build(self.spec).to(device)
 
     def normalise(self, pixels: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,7 @@ from rdd_bench.errors import RddBenchError
 from rdd_bench.types import LabelledImages, Splits
 
 
-def load_splits(
-    dataset: Dataset[object], who: str, source: Source, subset: tuple[int, int]
-) -> Splits:
+def load_splits(dataset: Dataset[Any], who: str, source: Source, subset: tuple[int, int]) -> Splits:
     """Load a data set, check it, cut it and put the hashes of both splits into its spec.
 
     Args:
@@ -51,9 +50,7 @@ def tensors_hash(*tensors: Tensor) -> str:
     return sha.hexdigest()
 
 
-def take_per_class(
-    part: LabelledImages, count: int, num_classes: int, who: str
-) -> LabelledImages:
+def take_per_class(part: LabelledImages, count: int, num_classes: int, who: str) -> LabelledImages:
     """Return ``count`` images of every class, in their stored order; all of them for 0.
 
     Which ones is decided by the hash of their position, so that it depends on no library's

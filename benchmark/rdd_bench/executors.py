@@ -30,8 +30,9 @@ REPORT_INTERVAL = 0.2
 class Watcher(Protocol):
     """Who is told what happens; the progress display."""
 
+    def reused(self, count: int) -> None: ...
     def started(self, step: Step) -> None: ...
-    def progress(self, address: str, what: str, done: int, total: int) -> None: ...
+    def progress_of(self, address: str, what: str, done: int, total: int) -> None: ...
     def finished(self, step: Step) -> None: ...
 
 
@@ -83,7 +84,7 @@ def _in_this_process(
 ) -> Iterator[tuple[Step, Result]]:
     while (step := agenda.next_ready()) is not None:
         watcher.started(step)
-        throttled = _Throttle(step.address, watcher.progress)
+        throttled = _Throttle(step.address, watcher.progress_of)
         result = worker.carry_out(step, throttled)
         watcher.finished(step)
         yield step, result
@@ -123,7 +124,7 @@ _messages: Queue[Message] | None = None
 
 def _start_worker(place: Place, messages: Queue[Message]) -> None:
     """Prepare a fresh process: its own plugins, its own threads."""
-    global _worker, _messages  # noqa: PLW0603 - a worker process has one worker
+    global _worker, _messages
     # Ctrl-C goes to every process of the terminal; the driver decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _messages = messages
@@ -188,4 +189,4 @@ def _pass_on(messages: Queue[Message], watcher: Watcher) -> None:
             message = messages.get_nowait()
         except queue.Empty:
             return
-        watcher.progress(*message)
+        watcher.progress_of(*message)

@@ -1,44 +1,47 @@
 """Put off importing torch until somebody uses it, so that ``rdd-bench list`` answers at once.
 
 Plugins say ``import torch`` like anybody. While the registry reads them only to show what they
-offer, that import yields a module that loads itself on first use, the recipe of the standard
-library's ``importlib.util.LazyLoader``. A plugin that needs torch to define its classes simply
-pays for it.
+offer, that import yields a stand-in which becomes the real module on first use. A plugin that
+needs torch to define its classes simply pays for it. (The standard library's ``LazyLoader`` does
+not do: before Python 3.12 the second import of a module loads it.)
 """
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
+import importlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 
-class _LazyFinder:
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
+class _StandIn(ModuleType):
+    """Passes every attribute on to the real module, which it imports on the first one."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name not in self.names:
-            return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None and spec.loader is not None:
-                spec.loader = importlib.util.LazyLoader(spec.loader)
-                return spec
-        return None
+    def __getattr__(self, attribute: str) -> Any:
+        # Python asks each module for these when it looks around; no answer is the right one.
+        if attribute in ("__file__", "__warningregistry__"):
+            raise AttributeError(attribute)
+        name = self.__name__
+        if sys.modules.get(name) is self:
+            del sys.modules[name]
+        real = importlib.import_module(name)
+        # From now on attributes are found here without this detour.
+        self.__dict__.update(real.__dict__)
+        return getattr(real, attribute)
 
 
 @contextmanager
-def imported_on_use(*names: str) -> Iterator[None]:
-    """Within this context, importing one of the modules costs nothing until it is used."""
-    finder = _LazyFinder(frozenset(names))
-    sys.meta_path.insert(0, finder)
+def imported_on_use(name: str) -> Iterator[None]:
+    """Within this context, ``import name`` costs nothing until the module is used."""
+    if name in sys.modules:
+        yield
+        return
+    stand_in = _StandIn(name)
+    sys.modules[name] = stand_in
     try:
         yield
     finally:
-        sys.meta_path.remove(finder)
+        if sys.modules.get(name) is stand_in:
+            del sys.modules[name]

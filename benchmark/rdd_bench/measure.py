@@ -84,12 +84,12 @@ class PassCounter:
     def counting(self, model: nn.Module) -> Iterator[None]:
         """Count the passes through ``model`` made inside, by whoever makes them."""
 
-        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def count(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
             size = len(output)
             self.forward += size
             if output.requires_grad:
                 # A hook on the logits fires once for every gradient that flows back from them.
-                output.register_hook(lambda gradient: self._count_backward(size))
+                output.register_hook(lambda _: self._count_backward(size))  # type: ignore[no-untyped-call]
 
         handle = model.register_forward_hook(count)
         try:

@@ -51,4 +51,4 @@ def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Return the predicted classes, (n,) on the device of the images."""
     if not len(images):
         return torch.empty(0, dtype=torch.long, device=images.device)
-    return torch.cat([model(part).argmax(dim=1) for part in images.split(batch_size)])
+    return torch.cat([model(part).argmax(dim=1) for part in torch.split(images, batch_size)])

@@ -186,9 +186,7 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
         for track in [REFERENCE_TRACK] if reference else tracks:
             recipe = protocol.recipe if track == "natural" else None
             for architecture in architectures:
-                train = TrainStep(
-                    distill, architecture, track, recipe, seeds, protocol.batch_size
-                )
+                train = TrainStep(distill, architecture, track, recipe, seeds, protocol.batch_size)
                 steps.append(train)
                 steps.extend(_attack_steps(protocol, train, attacks, registry))
     return Plan(protocol, tuple(steps))
@@ -220,9 +218,7 @@ def _distill_steps(
                         role=role,
                         control=label == protocol.control,
                         ipc=ipc,
-                        architecture=chooser.choose(
-                            "architecture", protocol.distill_architecture
-                        ),
+                        architecture=chooser.choose("architecture", protocol.distill_architecture),
                         seed=seed,
                     )
 

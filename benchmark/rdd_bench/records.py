@@ -17,7 +17,7 @@ from rdd_bench.errors import RddBenchError
 from rdd_bench.outcomes import Outcomes, unpack
 from rdd_bench.types import Norm, Recipe
 
-SCHEMA = 1
+SCHEMA: Literal[1] = 1
 
 Status = Literal["done", "failed", "skipped"]
 
@@ -64,6 +64,15 @@ class _Record(BaseModel):
     """UTC, ISO 8601."""
 
 
+class _StepRecord(_Record):
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall-clock time by phase, device synchronised."""
+    peak_bytes: int | None = None
+    """Allocated on a GPU, resident on a CPU."""
+    architecture: Component
+    """What the set was distilled with, or the network that was trained and attacked."""
+
+
 class EnvironmentRecord(BaseModel):
     """The machine and the versions; referred to by the others."""
 
@@ -75,7 +84,7 @@ class EnvironmentRecord(BaseModel):
     facts: dict[str, Any]
 
 
-class DistillRecord(_Record):
+class DistillRecord(_StepRecord):
     """A distilled set: what made it, what it is, what it cost."""
 
     kind: Literal["distill"] = "distill"
@@ -88,7 +97,6 @@ class DistillRecord(_Record):
     control: bool = False
     """Whether the protocol compares every other row with this one."""
     distiller: Component
-    architecture: Component
     seed: int
     set_sha256: str = ""
     images: int = 0
@@ -98,15 +106,12 @@ class DistillRecord(_Record):
     out_of_range: float = 0.0
     """Fraction of pixels outside [0, 1]."""
     own_recipe: bool = False
-    seconds: dict[str, float] = Field(default_factory=dict)
-    peak_bytes: int | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
-class _Judged(_Record):
+class _Judged(_StepRecord):
     distill: str
     """Address of the distillation."""
-    architecture: Component
     track: str
     seeds: list[int]
     """Training seeds; the lists below have one entry for each."""
@@ -116,8 +121,6 @@ class _Judged(_Record):
     correct: list[int] = Field(default_factory=list)
     outcomes: list[str] = Field(default_factory=list)
     """Bitmaps of the images that are right (and, for an attack, stay right)."""
-    seconds: dict[str, float] = Field(default_factory=dict)
-    peak_bytes: int | None = None
     forward: int = 0
     """Images that went through the networks."""
     backward: int = 0

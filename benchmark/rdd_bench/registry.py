@@ -58,9 +58,16 @@ class Offer:
 
     @property
     def source_sha256(self) -> str:
-        """Hash of the module that defines the class: an edited plugin gets new results."""
-        path = inspect.getsourcefile(self.cls)
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+        """Hash of the code behind the class: an edited plugin gets new results.
+
+        That is the module that defines it and the private modules (``_name.py``) beside it.
+        """
+        source = inspect.getsourcefile(self.cls)
+        if source is None:
+            return ""
+        module = Path(source)
+        files = sorted({module, *module.parent.glob("_[!_]*.py")})
+        return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +164,7 @@ def _entry_points() -> Iterator[
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
         # A name found again further down the path is shadowed, as it is for imports.
-        if name is None or canonicalize_name(name) in seen:
+        if not name or canonicalize_name(name) in seen:
             continue
         seen.add(canonicalize_name(name))
         for entry_point in distribution.entry_points:
@@ -185,9 +192,7 @@ def _requirement_refusal(dist_name: str, requires: Iterable[str]) -> str | None:
     return None
 
 
-def _collect(
-    registry: Registry, manager: pluggy.PluginManager, plugin: str, version: str
-) -> None:
+def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: str, version: str) -> None:
     """Call the hooks of one plugin and keep the classes that fulfil the contract."""
     module = manager.get_plugin(plugin)
     dist_name, entry_point = plugin.split(":")

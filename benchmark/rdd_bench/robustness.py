@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rdd_bench import audit
@@ -50,7 +50,7 @@ def clean_outcomes(model: nn.Module, test: LabelledImages, batch_size: int) -> T
 def attack_models(
     models: Sequence[nn.Module],
     test: LabelledImages,
-    attack: Attack[object],
+    attack: Attack[Any],
     threat: Threat,
     seeds: Sequence[int],
     run: Run,
@@ -97,7 +97,7 @@ def _null_control(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    attack: Attack[object],
+    attack: Attack[Any],
     threat: Threat,
     run: Run,
     who: str,
@@ -109,7 +109,7 @@ def _null_control(
     """
     control = type(attack).configured({**attack.config.model_dump(), **attack.smoke})
     assert isinstance(control, Attack)
-    quiet = dataclasses.replace(run, report=lambda what, done, total: None)
+    quiet = dataclasses.replace(run, report=lambda *_: None)
     few, their = images[:NULL_IMAGES], labels[:NULL_IMAGES]
     nothing = Threat(threat.norm, 0.0)
     with seeded(_seed(attack, nothing, 0)):
@@ -119,7 +119,7 @@ def _null_control(
     return flags + audit.check_budget(candidates, few, nothing)
 
 
-def _seed(attack: Attack[object], threat: Threat, seed: int) -> int:
+def _seed(attack: Attack[Any], threat: Threat, seed: int) -> int:
     return derive("attack", attack.name, threat.norm, threat.eps, seed)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ class Settings:
     device: str = "auto"
     workers: int | None = None
     """Processes; None: one a core on a CPU, one on a GPU."""
-    source: Source = Source(None)
+    source: Source = field(default_factory=lambda: Source(None))
     fresh: bool = False
     """Compute everything again, also what is finished."""
 
@@ -52,9 +52,11 @@ class Summary:
 class Silent:
     """A watcher that shows nothing."""
 
+    def reused(self, count: int) -> None: ...
+
     def started(self, step: Step) -> None: ...
 
-    def progress(self, address: str, what: str, done: int, total: int) -> None: ...
+    def progress_of(self, address: str, what: str, done: int, total: int) -> None: ...
 
     def finished(self, step: Step) -> None: ...
 
@@ -132,6 +134,7 @@ def run_plan(plan: Plan, settings: Settings, registry: Registry, watcher: Watche
     store.create()
     finished = set() if settings.fresh else {s.address for s in plan.steps if _done(store, s)}
     open_steps = [step for step in plan.steps if step.address not in finished]
+    watcher.reused(len(finished))
     dropped = 0
     if open_steps:
         dropped = _carry_out(plan, open_steps, finished, settings, registry, watcher, store)

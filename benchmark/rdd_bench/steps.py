@@ -1,4 +1,4 @@
-"""Carry out one step. Runs in the driver or in a worker; returns a record and files, writes none."""
+"""Carry out one step, in the driver or in a worker. Returns a record and files, writes none."""
 
 from __future__ import annotations
 
@@ -254,9 +254,7 @@ class Worker:
 
     def _run(self, scratch: Path, report: Report, meter: Meter, batch_size: int) -> Run:
         size = {"batch_size": batch_size} if batch_size else {}
-        return Run(
-            device=self.device, scratch=scratch, phase=meter.phase, report=report, **size
-        )
+        return Run(device=self.device, scratch=scratch, phase=meter.phase, report=report, **size)
 
     def _who(self, step: Step) -> str:
         choice = (

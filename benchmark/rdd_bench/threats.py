@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
 from rdd_bench.types import Norm, Threat
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TOLERANCE = 1e-6
 """Rounding that a distance may show; float32 resolves 6e-8 at one."""
@@ -16,7 +20,8 @@ def distance(first: Tensor, second: Tensor, norm: Norm) -> Tensor:
     difference = (first - second).flatten(1)
     if norm == "linf":
         return difference.abs().amax(dim=1)
-    return difference.norm(dim=1)
+    length: Tensor = difference.norm(dim=1)
+    return length
 
 
 def project(candidates: Tensor, images: Tensor, threat: Threat) -> Tensor:
@@ -52,4 +57,5 @@ def ascend(images: Tensor, gradient: Tensor, norm: Norm, step: float) -> Tensor:
     if norm == "linf":
         return images + step * gradient.sign()
     length = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
-    return images + step * gradient / length
+    moved: Tensor = images + step * gradient / length
+    return moved

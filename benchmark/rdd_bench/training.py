@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everybody uses
@@ -41,7 +42,7 @@ class Trained:
 def fit(
     distilled: DistilledSet,
     recipe: Recipe,
-    architecture: Architecture[object],
+    architecture: Architecture[Any],
     spec: DatasetSpec,
     seeds: Sequence[int],
     *,
@@ -65,7 +66,7 @@ def fit(
     return Trained(models, losses)
 
 
-def new_classifier(architecture: Architecture[object], spec: DatasetSpec, seed: int) -> Classifier:
+def new_classifier(architecture: Architecture[Any], spec: DatasetSpec, seed: int) -> Classifier:
     """Return a fresh network behind its normalisation, initialised by the seed."""
     with seeded(derive("initialise", architecture.name, seed)):
         return Classifier(Normalise(spec), architecture.build(spec))
@@ -120,7 +121,7 @@ def _batches(count: int, size: int, device: torch.device) -> Sequence[Tensor]:
     Batch normalisation cannot be computed from a single vector.
     """
     order = torch.randperm(count).to(device)
-    batches = list(order.split(size))
+    batches = list(torch.split(order, size))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches

@@ -6,8 +6,8 @@
 - SVHN: Netzer et al. 2011, http://ufldl.stanford.edu/housenumbers/ (without its extra split)
 
 Means and standard deviations are those of the code of Zhao, Mopuri and Bilen 2020
-(arXiv:2006.05929), so that networks see what they see in the field's papers. For SVHN and
-CIFAR they are not exactly those of the training pixels.
+(arXiv:2006.05929), so that networks see what they see in the field's papers. The deviations given
+for CIFAR-10 are smaller than those of its training pixels, which are 0.247, 0.243 and 0.262.
 """
 
 from __future__ import annotations

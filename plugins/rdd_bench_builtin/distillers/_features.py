@@ -73,6 +73,8 @@ def _train(network: nn.Module, task: DistillTask, run: Run, options: FeatureConf
     network.train()
     for _ in run.track(range(options.epochs), "features"):
         for batch in torch.split(torch.randperm(len(labels)).to(run.device), options.batch_size):
+            if len(batch) == 1:
+                continue  # Batch normalisation cannot be computed from a single vector.
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(network(images[batch]), labels[batch])
             torch.autograd.backward(loss)

@@ -1,0 +1,444 @@
+"""The command line. Each command imports what it needs, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from rdd_bench import __version__
+from rdd_bench.errors import RddBenchError, UnknownNameError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rdd_bench.registry import Offer, Registry
+    from rdd_bench.runner import Summary
+
+KIND_NAMES = ("distillers", "architectures", "attacks", "datasets", "protocols")
+USER_ERROR, FAILED_STEPS, INTERRUPTED = 2, 1, 130
+
+
+class _NameList(click.ParamType[Any]):
+    """Names separated by commas."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
+        names = [part.strip() for part in str(value).split(",")]
+        if not all(names):
+            self.fail(f"'{value}' has an empty name; separate names by single commas", param, ctx)
+        return names
+
+
+class _NumberList(click.ParamType[Any]):
+    """Whole numbers separated by commas; A-B counts through."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            try:
+                low = int(first)
+                numbers += range(low, (int(last) if dash else low) + 1)
+            except ValueError:
+                self.fail(f"'{part}' is no whole number; write 1,10 or 0-4", param, ctx)
+        return numbers
+
+
+NAMES, NUMBERS = _NameList(), _NumberList()
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with: rdd-bench run --dry-run, then rdd-bench run. "
+    "Documentation: README.md and docs/.",
+)
+@click.version_option(__version__, prog_name="rdd-bench")
+def cli() -> None:
+    """Distil, train, attack and rank: a benchmark of robust dataset distillation.
+
+    Methods, networks, attacks and data sets are plugins; 'rdd-bench list' shows them.
+    """
+
+
+@cli.command()
+@click.option(
+    "--protocol",
+    default="digits-v1",
+    show_default=True,
+    metavar="NAME|FILE.toml",
+    help="The rules of the table; 'rdd-bench list protocols' shows them.",
+)
+@click.option("--distillers", type=NAMES, help="Methods to run, such as dm,random.")
+@click.option(
+    "--architectures",
+    type=NAMES,
+    help="Networks to train, such as convnet,timm:vit_tiny_patch16_224.",
+)
+@click.option("--attacks", type=NAMES, help="Attacks to run, such as pgd,autoattack.")
+@click.option("--datasets", type=NAMES, help="Data sets, such as digits, cifar10 or folder:PATH.")
+@click.option("--ipc", type=NUMBERS, help="Images per class, such as 1,10.")
+@click.option("--seeds", type=NUMBERS, help="Training seeds, such as 0-4.")
+@click.option(
+    "--tracks", type=NAMES, help="natural (one recipe for all sets), author (each set's own)."
+)
+@click.option(
+    "--set",
+    "assignments",
+    multiple=True,
+    metavar="NAME.OPTION=VALUE",
+    help="Change one option of a component; may be repeated. dm@10.lr=1 holds at IPC 10 only.",
+)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="TOML with options: tables [options.NAME].",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Run folder; finished steps in it are kept.  [default: runs/PROTOCOL]",
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Processes.  [default: one a core on a CPU, one on a GPU]",
+)
+@click.option(
+    "--data-root",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    envvar="RDD_BENCH_DATA",
+    show_envvar=True,
+    help="Folder with data sets in torchvision's layout.",
+)
+@click.option("--download", is_flag=True, help="Fetch data sets that are missing in --data-root.")
+@click.option("--fresh", is_flag=True, help="Compute everything again, also what is finished.")
+@click.option("--dry-run", is_flag=True, help="Show what would be computed, and stop.")
+def run(**given: Any) -> None:  # fmt: skip
+    r"""Distil, train and attack, then print and write the leaderboard.
+
+    Without options this runs the protocol 'digits-v1' on real images that need no download, in a
+    few minutes on two CPU cores. The same command again resumes; with one more distiller only
+    that one is computed.
+
+    \b
+    rdd-bench run
+    rdd-bench run --distillers dm,random --attacks pgd,autoattack --ipc 10
+    rdd-bench run --set dm.iterations=500 --architectures convnet
+    """
+    from rdd_bench.overrides import read_overrides
+    from rdd_bench.plan import Selection, make_plan
+    from rdd_bench.protocol import load_protocol
+
+    registry = _registry()
+    protocol = load_protocol(given["protocol"])
+    selected = ("distillers", "architectures", "attacks", "datasets", "ipc", "seeds", "tracks")
+    selection = Selection(
+        **{name: given[name] for name in selected},
+        options=read_overrides(given["config"], given["assignments"]),
+    )
+    plan = make_plan(protocol, selection, registry)
+    if given["dry_run"]:
+        _show_plan(plan)
+        return
+    _run_and_report(plan, given, registry)
+
+
+def _run_and_report(plan: Any, given: dict[str, Any], registry: Registry) -> None:
+    from rdd_bench.components import Source
+    from rdd_bench.display import Display
+    from rdd_bench.leaderboard import render
+    from rdd_bench.runner import Settings, default_out, run_plan
+    from rdd_bench.store import Store
+
+    out = given["out"] or default_out(plan.protocol.name)
+    settings = Settings(
+        out=out,
+        device=given["device"],
+        workers=given["workers"],
+        source=Source(given["data_root"], given["download"]),
+        fresh=given["fresh"],
+    )
+    console = _console(stderr=True)
+    with Display(console, len(plan.steps)) as display:
+        summary = run_plan(plan, settings, registry, display)
+    Store(out).write_file(Path("leaderboard.md"), render(summary.records).encode())
+    _show_summary(summary)
+    for record in summary.failed:
+        click.echo(f"failed: {record.error}", err=True)
+    for record in summary.skipped:
+        click.echo(f"skipped: {record.error}", err=True)
+    done = f"{summary.computed} steps computed, {summary.reused} already there"
+    if summary.failed:
+        done += f", {len(summary.failed)} failed, {summary.dropped} not tried because of that"
+        done += f"; tracebacks are in {out / 'errors'}"
+    click.echo(f"{done}.\nResults: {out}, table: {out / 'leaderboard.md'}")
+    if summary.failed:
+        sys.exit(FAILED_STEPS)
+
+
+@cli.command("list")
+@click.argument("kinds", nargs=-1, type=click.Choice(KIND_NAMES))
+def list_(kinds: tuple[str, ...]) -> None:
+    """Show what can be run: distillers, architectures, attacks, data sets and protocols."""
+    from rdd_bench.protocol import load_protocol, names
+
+    registry = _registry()
+    for kind in kinds or KIND_NAMES:
+        if kind == "protocols":
+            rows = [(name, "", "", load_protocol(name).summary) for name in names()]
+        else:
+            rows = [_listing(offer) for offer in registry.of_kind(kind.removesuffix("s"))]
+        _table(kind, ["NAME", "PLUGIN", "PAPER", "DOES"], rows)
+
+
+def _listing(offer: Offer) -> tuple[str, str, str, str]:
+    name = f"{offer.name}:{offer.cls.argument.upper()}" if offer.cls.argument else offer.name
+    paper = (offer.cls.info.paper or "").removeprefix("https://")
+    return name, f"{offer.distribution} {offer.version}", paper, offer.cls.summary()
+
+
+@cli.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Explain one component or protocol: what it is, where it is from, its options."""
+    from rdd_bench.components import KINDS
+    from rdd_bench.protocol import load_protocol, names
+
+    registry = _registry()
+    if name in names() or name.endswith(".toml"):
+        _show_protocol(load_protocol(name))
+        return
+    found = 0
+    for kind in KINDS:
+        known = {o.name for o in registry.of_kind(kind)}
+        if name.partition(":")[0].split("/")[-1] in known:
+            _show_offer(registry.find(kind, name))
+            found += 1
+    if not found:
+        everything = {offer.name for offer in registry.offers} | set(names())
+        raise UnknownNameError("component or protocol", name, everything)
+
+
+@cli.command()
+def plugins() -> None:
+    """Show which plugins loaded, and for each that did not, why."""
+    registry = _registry(quiet=True)
+    by_plugin: dict[tuple[str, str, str], list[str]] = {}
+    for offer in registry.offers:
+        key = (offer.distribution, offer.version, offer.entry_point)
+        by_plugin.setdefault(key, []).append(f"{offer.kind} {offer.name}")
+    rows = [(f"{d} {v}", e, ", ".join(sorted(o))) for (d, v, e), o in sorted(by_plugin.items())]
+    _table("loaded", ["DISTRIBUTION", "ENTRY POINT", "OFFERS"], rows)
+    problems = [(problem.plugin, problem.reason) for problem in registry.problems]
+    _table("not loaded", ["PLUGIN", "WHY"], problems)
+
+
+@cli.command()
+@click.argument("distribution")
+def check(distribution: str) -> None:
+    """Test everything an installed distribution offers against the plugin contract."""
+    from rdd_bench.testing import checks_of
+
+    passed = failed = 0
+    for item in checks_of(distribution):
+        try:
+            item.run()
+        except Exception as error:  # noqa: BLE001 - a plugin may raise anything
+            failed += 1
+            click.echo(f"FAILED  {item}: {' '.join(str(error).split()) or type(error).__name__}")
+        else:
+            passed += 1
+            click.echo(f"ok      {item}")
+    click.echo(f"{distribution}: {passed} checks passed, {failed} failed")
+    if failed:
+        sys.exit(FAILED_STEPS)
+
+
+@cli.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write the Markdown there instead of printing it.",
+)
+@click.option(
+    "--check",
+    "compare",
+    is_flag=True,
+    help="Compare with the --output file instead of writing it; exit 1 if it differs.",
+)
+@click.option(
+    "--publish",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Also write the records there, one .jsonl a distiller.",
+)
+def leaderboard(
+    runs: Sequence[Path], output: Path | None, compare: bool, publish: Path | None
+) -> None:
+    r"""Render run folders or published .jsonl records as one Markdown leaderboard.
+
+    \b
+    rdd-bench leaderboard runs/digits-v1
+    rdd-bench leaderboard leaderboard/results --output leaderboard/README.md --check
+    """
+    from rdd_bench.leaderboard import publish as published
+    from rdd_bench.leaderboard import render
+    from rdd_bench.store import Store, read_records
+
+    records, problems = read_records(runs)
+    for problem in problems:
+        click.echo(f"ignored: {problem}", err=True)
+    text = render(records)
+    if compare:
+        if output is None:
+            raise RddBenchError("--check needs --output FILE, the file to compare with")
+        current = output.read_text(encoding="utf-8") if output.exists() else ""
+        if current != text:
+            click.echo(f"{output} is not what its records say; render it again without --check")
+            sys.exit(FAILED_STEPS)
+        click.echo(f"{output} is what its records say")
+    elif output is None:
+        click.echo(text)
+    else:
+        Store(output.parent).write_file(Path(output.name), text.encode())
+        click.echo(f"wrote {output}")
+    if publish is not None:
+        for name, lines in published(records).items():
+            Store(publish).write_file(Path(name), lines.encode())
+        click.echo(f"wrote {len(published(records))} files of records to {publish}")
+
+
+def main() -> None:
+    """Entry point: the user's mistakes are one line and exit 2, ours keep their traceback."""
+    try:
+        cli(standalone_mode=False)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "\nInterrupted. Finished steps are kept; run the same command again to go on.", err=True
+        )
+        sys.exit(INTERRUPTED)
+    except RddBenchError as error:
+        click.echo(f"rdd-bench: {error}", err=True)
+        sys.exit(USER_ERROR)
+
+
+# What the commands share ----------------------------------------------------------------------
+
+
+def _registry(*, quiet: bool = False) -> Registry:
+    from rdd_bench.lazy import imported_on_use
+    from rdd_bench.registry import load_plugins
+
+    with imported_on_use("torch"):
+        registry = load_plugins()
+    if not quiet:
+        for problem in registry.problems:
+            click.echo(f"plugin not loaded: {problem}", err=True)
+    return registry
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def _table(title: str, header: list[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    table = Table(
+        title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False
+    )
+    for column in header:
+        table.add_column(column, overflow="fold", no_wrap=column == "NAME")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console = _console()
+    if not console.is_terminal:
+        # A pipe has no width: do not cut what somebody may search.
+        console.width = 200
+    console.print(table)
+    console.print()
+
+
+def _show_offer(offer: Offer) -> None:
+    import inspect
+
+    info = offer.cls.info
+    click.echo(f"{offer.kind} {offer.name}: {info.title}")
+    click.echo(f"from {offer.distribution} {offer.version}, licence {info.licence}, {info.origin}")
+    if info.paper:
+        click.echo(f"paper {info.paper}")
+    click.echo(f"\n{inspect.cleandoc(offer.cls.__doc__ or '')}\n")
+    fields = offer.cls.config_class.model_fields
+    rows = [
+        (option, _type_name(field.annotation), str(field.default), field.description or "")
+        for option, field in fields.items()
+    ]
+    _table("options", ["NAME", "TYPE", "DEFAULT", "MEANING"], rows)
+    if rows:
+        click.echo(f"Change one with --set {offer.name}.{rows[0][0]}=VALUE\n")
+
+
+def _type_name(annotation: Any) -> str:
+    from typing import Literal, get_args, get_origin
+
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    return annotation.__name__ if isinstance(annotation, type) else str(annotation)
+
+
+def _show_protocol(protocol: Any) -> None:
+    import json
+
+    click.echo(f"protocol {protocol.name}: {protocol.summary}\n")
+    for name, value in protocol.model_dump(mode="json", exclude={"name", "summary"}).items():
+        click.echo(f"{name}: {json.dumps(value)}")
+
+
+def _show_plan(plan: Any) -> None:
+    from rdd_bench.plan import AttackStep, DistillStep, TrainStep
+
+    for step in plan.steps:
+        indent = {DistillStep: "", TrainStep: "  ", AttackStep: "    "}[type(step)]
+        click.echo(f"{indent}{step}")
+    counts = [len(plan.of(kind)) for kind in (DistillStep, TrainStep, AttackStep)]
+    click.echo(
+        f"{counts[0]} distillations, {counts[1]} trainings, {counts[2]} attacks; nothing was run."
+    )
+
+
+def _show_summary(summary: Summary) -> None:
+    """Print the ranked rows of every table."""
+    from rdd_bench.leaderboard import summary_rows
+    from rdd_bench.results import join
+    from rdd_bench.standings import make_tables
+
+    for table in make_tables(join(summary.records)):
+        for title, rows in summary_rows(table):
+            _table(title, list(rows[0]), [list(row.values()) for row in rows])
+
+
+if __name__ == "__main__":
+    main()
