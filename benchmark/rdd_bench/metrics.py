@@ -50,7 +50,7 @@ def estimate(scores: Scores) -> Estimate:
     mean = float(per_image.mean())
     z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
     variance = float(per_image.var()) / images
-    if variance == 0:
+    if variance < 1e-20:  # not 0: means of equal thirds differ by rounding
         shifted = (images * abs(mean) + z**2 / 2) / (images + z**2)
         variance = max(shifted * (1 - shifted), 0.0) / (images + z**2)
     half_images = z * math.sqrt(variance)

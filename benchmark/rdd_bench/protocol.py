@@ -9,18 +9,17 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.hashing import digest
-from rdd_bench.types import Config, Norm, Recipe, Threat, parse_eps
+from rdd_bench.types import Config, Eps, Norm, Recipe, Threat
 
 DEFAULT = "digits-v1"
 TRACKS = ("natural", "author")
 
-Eps = Annotated[float, BeforeValidator(parse_eps)]
 Options = dict[str, dict[str, Any]]
 
 

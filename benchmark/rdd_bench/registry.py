@@ -135,7 +135,7 @@ def load_plugins() -> Registry:
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     blocked = {name for name in os.environ.get(BLOCK_VARIABLE, "").split(",") if name}
-    for distribution, entry_point in _entry_points():
+    for distribution, entry_point in _entry_points(registry.problems):
         dist_name = canonicalize_name(distribution.metadata["Name"])
         plugin = f"{dist_name}:{entry_point.name}"
         if blocked & {plugin, dist_name, entry_point.name}:
@@ -157,9 +157,9 @@ def load_plugins() -> Registry:
     return registry
 
 
-def _entry_points() -> Iterator[
-    tuple[importlib.metadata.Distribution, importlib.metadata.EntryPoint]
-]:
+def _entry_points(
+    problems: list[Problem],
+) -> Iterator[tuple[importlib.metadata.Distribution, importlib.metadata.EntryPoint]]:
     seen: set[str] = set()
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
@@ -167,7 +167,12 @@ def _entry_points() -> Iterator[
         if not name or canonicalize_name(name) in seen:
             continue
         seen.add(canonicalize_name(name))
-        for entry_point in distribution.entry_points:
+        try:
+            entry_points = list(distribution.entry_points)
+        except Exception:  # noqa: BLE001 - importlib.metadata raises anything for a malformed file
+            problems.append(Problem(canonicalize_name(name), "its entry points cannot be read"))
+            continue
+        for entry_point in entry_points:
             if entry_point.group == ENTRY_POINT_GROUP:
                 yield distribution, entry_point
 
@@ -195,7 +200,7 @@ def _requirement_refusal(dist_name: str, requires: Iterable[str]) -> str | None:
 def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: str, version: str) -> None:
     """Call the hooks of one plugin and keep the classes that fulfil the contract."""
     module = manager.get_plugin(plugin)
-    dist_name, entry_point = plugin.split(":")
+    dist_name, entry_point = plugin.split(":", 1)
     for caller in manager.get_hookcallers(module) or []:
         if not caller.has_spec():
             known = ", ".join(HOOK_OF_KIND.values())
@@ -216,15 +221,18 @@ def _collect(registry: Registry, manager: pluggy.PluginManager, plugin: str, ver
                 if refusal:
                     registry.problems.append(Problem(plugin, refusal))
                     continue
-                registry.offers.append(
-                    Offer(
-                        kind=kind,
-                        cls=cls,
-                        distribution=dist_name,
-                        version=version,
-                        entry_point=entry_point,
-                    )
+                offer = Offer(
+                    kind=kind,
+                    cls=cls,
+                    distribution=dist_name,
+                    version=version,
+                    entry_point=entry_point,
                 )
+                if any(o.qualified == offer.qualified for o in registry.of_kind(kind)):
+                    twice = f"{cls.__name__}: {kind} '{cls.name}' is offered by {dist_name} already"
+                    registry.problems.append(Problem(plugin, twice))
+                    continue
+                registry.offers.append(offer)
 
 
 def class_refusal(kind: str, cls: Any) -> str | None:

@@ -50,6 +50,9 @@ from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Threat
 
 IPC = 2
 
+Rule = Callable[[Offer, Registry], None]
+Rules = list[tuple[str, Rule]]
+
 
 @dataclass(frozen=True)
 class Check:
@@ -88,7 +91,7 @@ def checks_of(distribution: str) -> Iterator[Check]:
             f"'{distribution}' offers no plugins; distributions that do: {known}. "
             "Is it installed, with an entry point in group rdd_bench?"
         )
-    rules: dict[str, list[tuple[str, Callable[[Offer, Registry], None]]]] = {
+    rules: dict[str, Rules] = {
         "distiller": _DISTILLER_RULES,
         "architecture": _ARCHITECTURE_RULES,
         "attack": _ATTACK_RULES,
@@ -145,7 +148,7 @@ class SmallArchitecture(Architecture[Any]):
 
     name = "contract-network"
 
-    def build(self, spec: DatasetSpec) -> nn.Module:
+    def build(self, _spec: DatasetSpec) -> nn.Module:
         return _SmallNetwork()
 
 
@@ -196,7 +199,7 @@ def _smoke_options_fit(offer: Offer, _: Registry) -> None:
     offer.cls.parse(offer.cls.smoke)
 
 
-_COMMON_RULES: list[tuple[str, Callable[[Offer, Registry], None]]] = [
+_COMMON_RULES: Rules = [
     ("has a title and a licence", _described),
     ("refuses unknown options", _refuses_unknown_options),
     ("has smoke options that it accepts", _smoke_options_fit),
@@ -246,7 +249,7 @@ def _training_data_untouched(offer: Offer, _: Registry) -> None:
         _fail(offer, "changed the training images in place", "a copy")
 
 
-_DISTILLER_RULES = [
+_DISTILLER_RULES: Rules = [
     ("returns a valid set and leaves torch as found", _valid_set),
     ("gives the same set for the same seed", _same_seed_same_set),
     ("leaves the training data untouched", _training_data_untouched),
@@ -294,7 +297,8 @@ def _embed_shape(offer: Offer, _: Registry) -> None:
     if embed is None:
         return
     with torch.no_grad():
-        features = network.eval() and embed(torch.randn(2, *spec.shape))
+        network.eval()
+        features = embed(torch.randn(2, *spec.shape))
     if features.ndim != 2 or len(features) != 2:
         _fail(offer, f"embed gives {tuple(features.shape)}", "features (n, d)")
 
@@ -305,7 +309,7 @@ def _same_seed_same_network(offer: Offer, _: Registry) -> None:
         _fail(offer, "two networks of one seed differ", "initial weights from torch's generator")
 
 
-_ARCHITECTURE_RULES = [
+_ARCHITECTURE_RULES: Rules = [
     ("maps images to logits", _images_to_logits),
     ("has gradients with respect to its input", _input_gradients),
     ("embeds images as vectors, if at all", _embed_shape),
@@ -326,6 +330,7 @@ def _victim() -> tuple[Classifier, LabelledImages]:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(data.images), data.labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+    optimizer.zero_grad()
     model.eval().requires_grad_(requires_grad=False)
     right = model(data.images).argmax(dim=1) == data.labels
     return model, data.subset(right.nonzero().flatten())
@@ -353,7 +358,7 @@ def _norms(offer: Offer) -> list[Any]:
 def _within_budget(offer: Offer, _: Registry) -> None:
     for norm in _norms(offer):
         threat = Threat(norm, 0.1 if norm == "linf" else 0.5)
-        candidates, _, images = _perturb(offer, threat)
+        candidates, _model, images = _perturb(offer, threat)
         for flag in audit.check_budget(candidates, images, threat):
             _fail(offer, flag.message, "a perturbation within the threat")
 
@@ -361,7 +366,7 @@ def _within_budget(offer: Offer, _: Registry) -> None:
 def _null_attack(offer: Offer, _: Registry) -> None:
     for norm in _norms(offer):
         threat = Threat(norm, 0.0)
-        candidates, _, images = _perturb(offer, threat)
+        candidates, _model, images = _perturb(offer, threat)
         for flag in audit.check_budget(candidates, images, threat):
             _fail(offer, f"with a budget of 0 it {flag.message}", "the images themselves")
 
@@ -384,7 +389,7 @@ def _same_seed_same_attack(offer: Offer, _: Registry) -> None:
         _fail(offer, "two attacks with one seed differ", "the same bits")
 
 
-_ATTACK_RULES = [
+_ATTACK_RULES: Rules = [
     ("stays within budget and box in every norm it names", _within_budget),
     ("changes nothing with a budget of zero", _null_attack),
     ("leaves the network as it was", _network_unchanged),
@@ -410,4 +415,4 @@ def _loads_or_says_why(offer: Offer, _: Registry) -> None:
         _fail(offer, "two loads differ", "the same images in the same order")
 
 
-_DATASET_RULES = [("loads, or says what it needs", _loads_or_says_why)]
+_DATASET_RULES: Rules = [("loads, or says what it needs", _loads_or_says_why)]

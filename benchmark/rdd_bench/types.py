@@ -7,9 +7,9 @@ float32 **pixels in [0, 1]**; normalisation is a layer inside the network that i
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from rdd_bench.errors import RddBenchError
 
@@ -93,12 +93,39 @@ class Splits:
     test: LabelledImages
 
 
+def format_eps(eps: float) -> str:
+    """Return a budget the way papers write it: '8/255' where that is what it is, else '0.1'."""
+    levels = eps * 255
+    if eps and abs(levels - round(levels)) < 1e-6:
+        return f"{round(levels)}/255"
+    return f"{eps:.4g}"
+
+
+def parse_eps(text: str | float) -> float:
+    """Read '8/255', '0.1' or a number; a fraction keeps its exact meaning.
+
+    Raises:
+        RddBenchError: If the text is neither a number nor a fraction of two.
+    """
+    try:
+        if isinstance(text, str) and "/" in text:
+            numerator, denominator = text.split("/")
+            return float(numerator) / float(denominator)
+        return float(text)
+    except (ValueError, ZeroDivisionError):
+        raise RddBenchError(f"'{text}' is not a budget; write 0.1 or 8/255") from None
+
+
+Eps = Annotated[float, BeforeValidator(parse_eps)]
+"""A budget among options, which may be written as '8/255'."""
+
+
 class AdversarialTraining(Config):
     """PGD adversarial training in pixel space (Madry et al. 2018)."""
 
     norm: Norm = "linf"
     """Norm of the perturbation."""
-    eps: float = Field(default=8 / 255, gt=0, le=1)
+    eps: Eps = Field(default=8 / 255, gt=0, le=1)
     """Budget in pixels of [0, 1]."""
     steps: int = Field(default=7, ge=1)
     """Gradient steps of the inner maximisation."""
@@ -192,26 +219,3 @@ class Threat:
 
     def __str__(self) -> str:
         return f"{self.norm} {format_eps(self.eps)}"
-
-
-def format_eps(eps: float) -> str:
-    """Return a budget the way papers write it: '8/255' where that is what it is, else '0.1'."""
-    levels = eps * 255
-    if eps and abs(levels - round(levels)) < 1e-6:
-        return f"{round(levels)}/255"
-    return f"{eps:.4g}"
-
-
-def parse_eps(text: str | float) -> float:
-    """Read '8/255', '0.1' or a number; a fraction keeps its exact meaning.
-
-    Raises:
-        RddBenchError: If the text is neither a number nor a fraction of two.
-    """
-    try:
-        if isinstance(text, str) and "/" in text:
-            numerator, denominator = text.split("/")
-            return float(numerator) / float(denominator)
-        return float(text)
-    except (ValueError, ZeroDivisionError):
-        raise RddBenchError(f"'{text}' is not a budget; write 0.1 or 8/255") from None

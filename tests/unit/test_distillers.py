@@ -60,12 +60,14 @@ class Tiny(Architecture[NoOptions]):
 
     name = "tiny"
     info = Info(title="Tiny", licence="MIT")
-    norm = "instance"
-    built = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.built: list[Block] = []
 
     def build(self, spec):
-        self.built += 1
-        return Block(spec.shape[0], spec.num_classes, self.norm)
+        self.built.append(Block(spec.shape[0], spec.num_classes, "instance"))
+        return self.built[-1]
 
 
 class Blind(Architecture[NoOptions]):
@@ -76,6 +78,12 @@ class Blind(Architecture[NoOptions]):
 
     def build(self, spec):
         return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(spec.shape), spec.num_classes))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    with seeded(0):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +246,7 @@ def test_herding_of_equal_lengths_is_wellings_rule_and_beats_random(seed):
     assert herd(features, 20).tolist() == picked
     error = float((features[picked].mean(dim=0) - mean).norm())
     draws = [features[torch.randperm(400)[:20]].mean(dim=0).sub(mean).norm() for _ in range(50)]
-    assert error < min(draws)
+    assert error < torch.stack(draws).median() / 3
 
 
 def test_herding_of_the_whole_class_is_the_whole_class():
@@ -277,7 +285,7 @@ def test_k_center_never_picks_twice_though_all_images_are_equal():
 
 @pytest.mark.parametrize("distiller", [Herding, KCenter])
 def test_the_feature_network_is_trained_once_on_all_classes(digits, tmp_path, distiller):
-    """Its features must separate the digits better than those it began with."""
+    """One network is built, learns the digits, and is left in eval mode."""
     reports, phases = [], []
 
     def phase(name):
@@ -286,13 +294,14 @@ def test_the_feature_network_is_trained_once_on_all_classes(digits, tmp_path, di
 
     run = make_run(tmp_path, phase=phase, report=lambda *report: reports.append(report))
     architecture = Tiny()
-    made = distiller.configured({"epochs": 2}).distill(make_task(digits, 1, architecture), run)
-    assert architecture.built == 1
+    task = make_task(digits, 1, architecture)
+    distiller.configured({"epochs": 3, "lr": 0.05}).distill(task, run)
+    [network] = architecture.built
+    assert not network.training
     assert phases == ["features"]
-    assert ("features", 2, 2) in reports
-    # One image a class, near its mean: a nearest neighbour among them beats chance (10 %).
-    nearest = torch.cdist(digits.images.flatten(1), made.images.flatten(1)).argmin(dim=1)
-    assert (made.labels[nearest] == digits.labels).float().mean() > 0.5
+    assert ("features", 3, 3) in reports
+    predicted = network(task.normalise(digits.images)).argmax(dim=1)
+    assert (predicted == digits.labels).float().mean() > 0.7
 
 
 def dm_problem(

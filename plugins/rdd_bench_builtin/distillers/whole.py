@@ -20,6 +20,7 @@ from rdd_bench.api import (
     DistilledSet,
     Distiller,
     DistillTask,
+    Eps,
     Info,
     Norm,
     Recipe,
@@ -51,7 +52,7 @@ class WholeAtConfig(WholeConfig):
 
     norm: Norm = "linf"
     """Norm of the perturbation."""
-    eps: float = Field(default=8 / 255, gt=0, le=1)
+    eps: Eps = Field(default=8 / 255, gt=0, le=1)
     """Budget in pixels of [0, 1]."""
     steps: int = Field(default=7, ge=1)
     """Gradient steps of the attack."""
