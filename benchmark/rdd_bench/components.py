@@ -20,7 +20,7 @@ Every option has a default, and **the default is the paper's**.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,6 +243,12 @@ class Attack(Component[ConfigT]):
     """The norms it can respect."""
     stronger_than: ClassVar[frozenset[str]] = frozenset()
     """Names of attacks that never beat this one unless something is wrong with the run."""
+    messages: Sequence[str] = ()
+    """What an instance has to say about its last call; kept in the record."""
+
+    def provenance(self) -> dict[str, str]:
+        """Return which library computes it and in which version; empty for code of its own."""
+        return {}
 
     @abstractmethod
     def perturb(

@@ -179,17 +179,19 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
     distills = list(_distill_steps(protocol, selection, chooser))
     chooser.refuse_unused()
 
-    steps: list[Step] = []
+    # By address: two names for the same thing are one step.
+    steps: dict[str, Step] = {}
     for distill in distills:
-        steps.append(distill)
+        steps.setdefault(distill.address, distill)
         reference = distill.role == "reference"
         for track in [REFERENCE_TRACK] if reference else tracks:
             recipe = protocol.recipe if track == "natural" else None
             for architecture in architectures:
                 train = TrainStep(distill, architecture, track, recipe, seeds, protocol.batch_size)
-                steps.append(train)
-                steps.extend(_attack_steps(protocol, train, attacks, registry))
-    return Plan(protocol, tuple(steps))
+                steps.setdefault(train.address, train)
+                for attack in _attack_steps(protocol, train, attacks, registry):
+                    steps.setdefault(attack.address, attack)
+    return Plan(protocol, tuple(steps.values()))
 
 
 def _distill_steps(

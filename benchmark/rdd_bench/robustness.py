@@ -86,7 +86,7 @@ def attack_models(
             robust[clean] = predict(model, candidates, run.batch_size) == labels
         judgement.robust.append(robust)
         _note(judgement, audit.check_state(model, before))
-        for message in getattr(attack, "messages", []):
+        for message in attack.messages:
             if message not in judgement.messages:
                 judgement.messages.append(message)
         model.eval()

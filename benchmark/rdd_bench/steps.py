@@ -210,7 +210,6 @@ class Worker:
             judged = robustness.attack_models(
                 models, test, attack, step.threat, train.seeds, run, self._who(step)
             )
-        provenance = getattr(attack, "provenance", dict)
         record = AttackRecord(
             **self._head(step),
             **_attack_facts(step),
@@ -220,7 +219,7 @@ class Worker:
             forward=judged.passes.forward,
             backward=judged.passes.backward,
             flags=judged.flags,
-            provenance=provenance(),
+            provenance=attack.provenance(),
             messages=judged.messages,
             stronger_than=sorted(attack.stronger_than),
         )

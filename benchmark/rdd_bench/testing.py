@@ -170,8 +170,14 @@ def _fail(offer: Offer, found: str, expected: str) -> None:
 def _unchanged_world(offer: Offer, call: Callable[[], None]) -> None:
     """Run something and see that it left the global settings of torch as they were."""
     before = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
-    call()
-    after = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    try:
+        call()
+        after = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads())
+    finally:
+        # The checks that follow must not suffer from this one.
+        torch.set_grad_enabled(before[0])
+        torch.set_default_dtype(before[1])
+        torch.set_num_threads(before[2])
     if before != after:
         _fail(
             offer, f"gradient mode, default type and threads became {after}", f"{before} as found"
@@ -372,9 +378,10 @@ def _null_attack(offer: Offer, _: Registry) -> None:
 
 
 def _network_unchanged(offer: Offer, _: Registry) -> None:
+    fresh, _data = _victim()
+
     def call() -> None:
         _, model, _ = _perturb(offer, Threat(_norms(offer)[0], 0.1))
-        fresh, _ = _victim()
         for flag in audit.check_state(model, audit.state_hash(fresh)):
             _fail(offer, flag.message, "the network as it was, in eval mode")
         if any(p.requires_grad or p.grad is not None for p in model.parameters()):

@@ -112,7 +112,7 @@ def parse_eps(text: str | float) -> float:
             numerator, denominator = text.split("/")
             return float(numerator) / float(denominator)
         return float(text)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError):
         raise RddBenchError(f"'{text}' is not a budget; write 0.1 or 8/255") from None
 
 

@@ -76,9 +76,8 @@ class AutoAttack(Attack[AutoAttackOptions]):
             NotApplicable: If no sub-attack fits the number of classes or the shape.
         """
         self.messages = []
-        if not len(images) or threat.eps == 0:
-            # The packages divide by the number of images; without a budget there is nothing to
-            # search, and Square would still ask all its queries.
+        if not len(images):
+            # The packages divide by the number of images.
             return images.clone()
         seed = self.config.seed
         settings = Settings(
