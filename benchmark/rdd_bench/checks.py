@@ -32,6 +32,7 @@ def check_splits(splits: Any, who: str) -> Splits:
 
 def _check_real_images(part: LabelledImages, spec: DatasetSpec, who: str) -> None:
     _check_images(part.images, spec.shape, who)
+    _check_tensor(part.labels, "labels", who)
     _check_hard_labels(part.labels, len(part.images), spec.num_classes, who)
     low, high = part.images.min().item(), part.images.max().item()
     if low < 0 or high > 1:
@@ -52,9 +53,8 @@ def check_distilled_set(
     if not isinstance(distilled, DistilledSet):
         raise ContractError(who, f"distill returned {type(distilled).__name__}", "a DistilledSet")
     _check_images(distilled.images, spec.shape, who)
-    labels: Any = distilled.labels
-    if not isinstance(labels, Tensor):
-        raise ContractError(who, f"labels are {type(labels).__name__}", "a torch tensor")
+    labels = distilled.labels
+    _check_tensor(labels, "labels", who)
     if labels.ndim == 2:
         _check_soft_labels(labels, len(distilled), spec.num_classes, who)
     else:
@@ -70,9 +70,13 @@ def check_distilled_set(
     return distilled
 
 
+def _check_tensor(value: Any, what: str, who: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ContractError(who, f"{what} are {type(value).__name__}", "a torch tensor")
+
+
 def _check_images(images: Any, shape: tuple[int, int, int], who: str) -> None:
-    if not isinstance(images, Tensor):
-        raise ContractError(who, f"images are {type(images).__name__}", "a torch tensor")
+    _check_tensor(images, "images", who)
     if images.ndim != 4 or tuple(images.shape[1:]) != shape or not len(images):
         raise ContractError(
             who, f"images of shape {tuple(images.shape)}", f"(n, {', '.join(map(str, shape))})"

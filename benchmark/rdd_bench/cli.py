@@ -18,11 +18,15 @@ if TYPE_CHECKING:
     from rdd_bench.registry import Offer, Registry
     from rdd_bench.runner import Summary
 
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType  # older versions of click do not let it be subscripted
+
 KIND_NAMES = ("distillers", "architectures", "attacks", "datasets", "protocols")
 USER_ERROR, FAILED_STEPS, INTERRUPTED = 2, 1, 130
 
 
-class _NameList(click.ParamType[Any]):
+class _NameList(ParamType):
     """Names separated by commas."""
 
     name = "names"
@@ -34,7 +38,7 @@ class _NameList(click.ParamType[Any]):
         return names
 
 
-class _NumberList(click.ParamType[Any]):
+class _NumberList(ParamType):
     """Whole numbers separated by commas; A-B counts through."""
 
     name = "numbers"
@@ -55,16 +59,20 @@ NAMES, NUMBERS = _NameList(), _NumberList()
 
 
 @click.group(
+    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Start with: rdd-bench run --dry-run, then rdd-bench run. "
     "Documentation: README.md and docs/.",
 )
 @click.version_option(__version__, prog_name="rdd-bench")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Distil, train, attack and rank: a benchmark of robust dataset distillation.
 
     Methods, networks, attacks and data sets are plugins; 'rdd-bench list' shows them.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 @cli.command()
@@ -328,8 +336,11 @@ def main() -> None:
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "rdd-bench"
+        sentence = error.format_message().rstrip(".")
+        click.echo(f"rdd-bench: {sentence} (see '{command} --help')", err=True)
+        sys.exit(USER_ERROR)
     except (click.Abort, KeyboardInterrupt):
         click.echo(
             "\nInterrupted. Finished steps are kept; run the same command again to go on.", err=True

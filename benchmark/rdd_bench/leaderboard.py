@@ -68,7 +68,7 @@ def _table_section(table: Table, results: Results) -> Iterable[str]:
         yield _markdown([_architecture_row(row, table) for row in table.all_rows()])
         yield "By attack and budget, averaged over architectures, %"
         yield _markdown(list(_curve_rows(table)))
-    yield "Cost"
+    yield "Cost; passes are thousands of images forward / backward, a set or a network"
     yield _markdown([_cost_row(row) for row in table.all_rows()])
 
 
@@ -155,16 +155,25 @@ def _cost_row(row: Row) -> dict[str, str]:
     total = phases.pop("total", 0.0)
     detail = ", ".join(f"{name} {_seconds(s)}" for name, s in sorted(phases.items()))
     networks = sum(len(cell.train.seeds) for cell in cells)
+    training = sum(cell.train.seconds.get("train", 0) for cell in cells)
     peaks = [r.peak_bytes for r in (*distills, *(c.train for c in cells), *attacks) if r.peak_bytes]
     return {
         "Distiller": row.label,
         "Distil s a set": _seconds(total) + (f" ({detail})" if detail else ""),
-        "Train s a network": _seconds(sum(c.train.seconds["train"] for c in cells) / networks),
+        "Train s a network": _seconds(training / networks),
         "Attack s a network": _seconds(sum(a.seconds.get("attack", 0) for a in attacks) / networks),
-        "Forward": f"{sum(a.forward for a in attacks) / networks:,.0f}",
-        "Backward": f"{sum(a.backward for a in attacks) / networks:,.0f}",
+        "Distil passes": _passes(list(distills), len(distills)),
+        "Train passes": _passes([cell.train for cell in cells], networks),
+        "Attack passes": _passes(attacks, networks),
         "Peak MiB": f"{max(peaks) / 2**20:,.0f}" if peaks else DASH,
     }
+
+
+def _passes(records: Sequence[StepRecord], parts: int) -> str:
+    """Return thousands of images forward / backward, of each part."""
+    forward = sum(record.forward for record in records) / parts / 1000
+    backward = sum(record.backward for record in records) / parts / 1000
+    return f"{forward:,.0f}k / {backward:,.0f}k"
 
 
 def _closing(results: Results, tables: Sequence[Table]) -> Iterable[str]:

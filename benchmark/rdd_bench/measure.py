@@ -83,19 +83,29 @@ class PassCounter:
     @contextmanager
     def counting(self, model: nn.Module) -> Iterator[None]:
         """Count the passes through ``model`` made inside, by whoever makes them."""
-
-        def count(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            size = len(output)
-            self.forward += size
-            if output.requires_grad:
-                # A hook on the logits fires once for every gradient that flows back from them.
-                output.register_hook(lambda _: self._count_backward(size))  # type: ignore[no-untyped-call]
-
-        handle = model.register_forward_hook(count)
+        handle = model.register_forward_hook(self._count)
         try:
             yield
         finally:
             handle.remove()
+
+    def _count(self, _module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        size = len(output)
+        self.forward += size
+        if output.requires_grad:
+            # A hook on the output fires once for every gradient that flows back from it.
+            output.register_hook(lambda _: self._count_backward(size))  # type: ignore[no-untyped-call]
+
+    def attach(self, network: nn.Module) -> None:
+        """Count every pass through a network, also through parts of it such as ``embed``.
+
+        Passes are counted at the first layer that has weights of its own, which each of them
+        goes through once.
+        """
+        for layer in network.modules():
+            if next(layer.parameters(recurse=False), None) is not None:
+                layer.register_forward_hook(self._count)
+                return
 
     def _count_backward(self, size: int) -> None:
         self.backward += size

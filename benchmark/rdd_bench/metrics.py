@@ -110,7 +110,7 @@ def check_strength(strong: AttackRecord, others: Sequence[AttackRecord]) -> list
         if weak.attack.name.split("/")[-1] not in strong.stronger_than:
             continue
         gap = float(stack(strong.bitmaps()).mean() - stack(weak.bitmaps()).mean())
-        if gap > STRENGTH_TOLERANCE:
+        if gap > STRENGTH_TOLERANCE + 1e-9:
             message = (
                 f"{strong.attack.label} leaves {100 * gap:.1f} points more than "
                 f"{weak.attack.label}, which it should never lose to: a bug or masked gradients"

@@ -69,6 +69,10 @@ class _StepRecord(_Record):
     """Wall-clock time by phase, device synchronised."""
     peak_bytes: int | None = None
     """Allocated on a GPU, resident on a CPU."""
+    forward: int = 0
+    """Images that went through networks."""
+    backward: int = 0
+    """Images for which a gradient was computed."""
     architecture: Component
     """What the set was distilled with, or the network that was trained and attacked."""
 
@@ -121,10 +125,6 @@ class _Judged(_StepRecord):
     correct: list[int] = Field(default_factory=list)
     outcomes: list[str] = Field(default_factory=list)
     """Bitmaps of the images that are right (and, for an attack, stay right)."""
-    forward: int = 0
-    """Images that went through the networks."""
-    backward: int = 0
-    """Images whose gradient was computed."""
     flags: list[Flag] = Field(default_factory=list)
 
     @model_validator(mode="after")
@@ -132,6 +132,8 @@ class _Judged(_StepRecord):
         if self.status == "done":
             if not len(self.seeds) == len(self.correct) == len(self.outcomes):
                 raise ValueError("seeds, correct and outcomes differ in length")
+            if not self.seeds or self.n < 1:
+                raise ValueError("a finished step without a seed or a test image")
             for count, bitmap in zip(self.correct, self.outcomes, strict=True):
                 if int(unpack(bitmap, self.n).sum()) != count:
                     raise ValueError(f"a bitmap does not hold the {count} correct images it should")
@@ -191,8 +193,9 @@ def from_line(line: str) -> AnyRecord:
     """
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise RddBenchError(f"not a complete line of JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", error)
+        raise RddBenchError(f"not a complete line of JSON ({reason})") from None
     schema = value.get("schema") if isinstance(value, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise RddBenchError(

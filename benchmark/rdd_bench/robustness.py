@@ -79,17 +79,17 @@ def attack_models(
             _note(judgement, _null_control(model, images, labels, attack, threat, run, who))
             counting = judgement.passes.counting(model)
             with counting, seeded(_seed(attack, threat, seed)), run.phase(PERTURB):
-                candidates = attack.perturb(model, images, labels, threat, run)
+                candidates = attack.perturb(model, images.clone(), labels.clone(), threat, run)
+            _note(judgement, audit.check_state(model, before))
+            model.eval()  # whatever the attack left: the verdict is made in eval mode
             candidates = check_candidates(candidates, images, who)
             _note(judgement, audit.check_budget(candidates, images, threat))
             candidates = project(candidates, images, threat)
             robust[clean] = predict(model, candidates, run.batch_size) == labels
         judgement.robust.append(robust)
-        _note(judgement, audit.check_state(model, before))
         for message in attack.messages:
             if message not in judgement.messages:
                 judgement.messages.append(message)
-        model.eval()
     return judgement
 
 
@@ -113,7 +113,8 @@ def _null_control(
     few, their = images[:NULL_IMAGES], labels[:NULL_IMAGES]
     nothing = Threat(threat.norm, 0.0)
     with seeded(_seed(attack, nothing, 0)):
-        candidates = control.perturb(model, few, their, nothing, quiet)
+        candidates = control.perturb(model, few.clone(), their.clone(), nothing, quiet)
+    model.eval()
     candidates = check_candidates(candidates, few, who)
     flags = audit.check_null_attack(model, few, their, candidates, run.batch_size)
     return flags + audit.check_budget(candidates, few, nothing)

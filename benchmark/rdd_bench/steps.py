@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rdd_bench import artifacts, robustness
 from rdd_bench.checks import check_distilled_set, check_network
@@ -30,7 +32,7 @@ from rdd_bench.data import load_splits
 from rdd_bench.environment import describe_environment
 from rdd_bench.errors import NotApplicable, RddBenchError
 from rdd_bench.hashing import derive, digest
-from rdd_bench.measure import Meter
+from rdd_bench.measure import Meter, PassCounter
 from rdd_bench.outcomes import pack
 from rdd_bench.plan import AttackStep, Choice, DistillStep, Step, TrainStep
 from rdd_bench.records import (
@@ -44,7 +46,7 @@ from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.seeding import seeded
 from rdd_bench.store import Store, error_path, networks_path, set_path
 from rdd_bench.training import fit, new_classifier
-from rdd_bench.types import LabelledImages, Splits
+from rdd_bench.types import DatasetSpec, LabelledImages, Splits
 
 Report = Callable[[str, int, int], None]
 
@@ -97,7 +99,7 @@ class Worker:
                 return self._attack(step, Path(scratch), report)
         except NotApplicable as reason:
             return Result(self._failure(step, "skipped", str(reason)))
-        except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the run goes on
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
             sentence = str(error)
             if not isinstance(error, RddBenchError):
                 sentence = f"{self._who(step)} raised {type(error).__name__}: {error}"
@@ -111,7 +113,8 @@ class Worker:
         splits = self._splits(step.dataset.offer_name, *_frozen(step.dataset), step.subset)
         distiller = self._component(step.distiller, Distiller)
         who = self._who(step)
-        architecture = self._component(step.architecture, Architecture)
+        passes = PassCounter()
+        architecture = _counted(self._component(step.architecture, Architecture), passes)
         task = DistillTask(
             spec=splits.spec,
             train=splits.train,
@@ -124,9 +127,15 @@ class Worker:
             "distill", step.distiller.component.name, splits.spec.name, step.ipc, step.seed
         )
         before = _fingerprint(task.train)
-        with seeded(seed), meter.total():
-            made = distiller.distill(task, self._run(scratch, report, meter, 0))
-        if _fingerprint(task.train) != before:
+        try:
+            with seeded(seed), meter.total():
+                made = distiller.distill(task, self._run(scratch, report, meter, 0))
+        finally:
+            changed = _fingerprint(task.train) != before
+            if changed:
+                # The steps that follow need the data as they were.
+                self._splits.cache_clear()
+        if changed:
             raise RddBenchError(f"{who}: changed the training data in place; expected a copy")
         reference = step.role == "reference"
         distilled = check_distilled_set(made, splits.spec, None if reference else step.ipc, who)
@@ -151,6 +160,8 @@ class Worker:
             own_recipe=distilled.recipe is not None,
             seconds=meter.seconds,
             peak_bytes=meter.peak_bytes,
+            forward=passes.forward,
+            backward=passes.backward,
             notes=dict(distilled.notes),
         )
         card = record.model_dump(mode="json", by_alias=True)
@@ -187,6 +198,8 @@ class Worker:
             **_train_facts(step),
             recipe=recipe,
             final_loss=trained.final_loss,
+            forward=trained.passes.forward,
+            backward=trained.passes.backward,
             **_outcome_facts(outcomes, splits),
             seconds={"train": meter.seconds["total"]},
             peak_bytes=meter.peak_bytes,
@@ -239,7 +252,13 @@ class Worker:
         dataset = self.registry.build("dataset", name, json.loads(options))
         assert isinstance(dataset, Dataset)
         who = self.registry.find("dataset", name).who
-        splits = load_splits(dataset, who, self.place.source, subset)
+        try:
+            splits = load_splits(dataset, who, self.place.source, subset)
+        except RddBenchError:
+            raise
+        except Exception as error:
+            # Not the fault of the distiller that wants the data.
+            raise RddBenchError(f"{who} raised {type(error).__name__}: {error}") from error
         pinned = dict(self.place.protocol_test_sha256).get(label)
         if pinned and pinned != splits.spec.test_sha256:
             raise RddBenchError(
@@ -287,6 +306,19 @@ def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
     """Return the record of this machine; its address is the hash of the facts."""
     facts = describe_environment(device, threads)
     return EnvironmentRecord(address=f"environment-{digest(facts)[:16]}", facts=facts)
+
+
+def _counted(architecture: Architecture[Any], passes: PassCounter) -> Architecture[Any]:
+    """Return the architecture with every network that it builds counting its passes."""
+    counted, build = copy.copy(architecture), architecture.build
+
+    def build_and_attach(spec: DatasetSpec) -> nn.Module:
+        network = build(spec)
+        passes.attach(network)
+        return network
+
+    counted.build = build_and_attach  # type: ignore[method-assign]
+    return counted
 
 
 def _frozen(choice: Choice) -> tuple[str, str]:

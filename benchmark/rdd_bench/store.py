@@ -15,8 +15,10 @@ the process that drives a run writes. This module does not import torch.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,14 +59,14 @@ class Store:
         path = self._record_path(address)
         if not path.exists():
             return None
-        records, _ = parse_lines(path.read_text(encoding="utf-8", errors="replace").splitlines())
+        records, _ = parse_lines(path.read_text(encoding="utf-8", errors="replace").split("\n"))
         return records[0] if records else None
 
     def is_done(self, address: str, files: Iterable[Path] = ()) -> bool:
         """Whether a step is recorded as done and the files that it made are there."""
         record = self.record(address)
         done = record is not None and getattr(record, "status", "done") == "done"
-        return done and all((self.root / path).exists() for path in files)
+        return done and all(_is_complete(self.root / path) for path in files)
 
     def write_record(self, record: AnyRecord) -> None:
         """Put a record in its place, over an earlier one of the same step."""
@@ -84,7 +86,8 @@ class Store:
                 os.fsync(file.fileno())
             temporary.replace(target)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise RddBenchError(f"cannot write {target}: {error.strerror}") from None
 
     def read_file(self, path: Path) -> bytes:
@@ -95,6 +98,18 @@ class Store:
 
     def _record_path(self, address: str) -> Path:
         return self.root / RECORDS / f"{address}.json"
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a safetensors file has all the bytes that its header announces."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        ends = [entry["data_offsets"][1] for entry in header.values() if "data_offsets" in entry]
+        return path.stat().st_size == 8 + length + max(ends, default=0)
+    except (OSError, ValueError, MemoryError, OverflowError, TypeError, AttributeError):
+        return False
 
 
 def set_path(address: str) -> Path:
@@ -129,7 +144,8 @@ def read_records(paths: Sequence[Path]) -> tuple[list[AnyRecord], list[str]]:
         files = _record_files(path)
         for file in files:
             try:
-                lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+                # Not splitlines(): text in a record may hold other line ends, such as U+2028.
+                lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
             except OSError as error:
                 raise RddBenchError(f"cannot read {file}: {error.strerror}") from None
             records, bad = parse_lines(lines)

@@ -17,6 +17,7 @@ from rdd_bench.augment import draw
 from rdd_bench.components import Architecture
 from rdd_bench.errors import RddBenchError
 from rdd_bench.hashing import derive
+from rdd_bench.measure import PassCounter
 from rdd_bench.networks import Classifier, Normalise
 from rdd_bench.seeding import seeded
 from rdd_bench.threats import ascend, project, random_start
@@ -33,10 +34,11 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """Networks of several seeds, in eval mode, and the mean loss of each one's last epoch."""
+    """Networks of several seeds in eval mode, the loss of each one's last epoch, the passes."""
 
     models: list[Classifier]
     final_loss: list[float]
+    passes: PassCounter
 
 
 def fit(
@@ -54,16 +56,17 @@ def fit(
     The initial weights and the order of batches depend on the architecture and the seed only, so
     two sets are compared on the same draws.
     """
-    models, losses = [], []
+    models, losses, passes = [], [], PassCounter()
     images = distilled.images.to(device)
     labels = distilled.labels.to(device)
     for position, seed in enumerate(seeds):
         model = new_classifier(architecture, spec, seed).to(device)
         with seeded(derive("train", architecture.name, seed)):
             progress = _for_seed(report, position, len(seeds), recipe.epochs)
-            losses.append(_train(model, images, labels, recipe, progress))
+            with passes.counting(model.network):
+                losses.append(_train(model, images, labels, recipe, progress))
         models.append(model.eval().requires_grad_(requires_grad=False))
-    return Trained(models, losses)
+    return Trained(models, losses, passes)
 
 
 def new_classifier(architecture: Architecture[Any], spec: DatasetSpec, seed: int) -> Classifier:

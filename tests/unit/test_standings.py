@@ -1,0 +1,301 @@
+"""Who is compared with whom, on records written by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from rdd_bench.records import AnyRecord, Flag
+from rdd_bench.results import join
+from rdd_bench.standings import Standing, Table, make_tables, row_flags
+
+LINF = ("linf", 0.1)
+
+
+def tables(records: list[AnyRecord]) -> list[Table]:
+    return make_tables(join(records))
+
+
+def only(records: list[AnyRecord]) -> Table:
+    (table,) = tables(records)
+    return table
+
+
+def names(standings: list[Standing]) -> list[str]:
+    return [s.row.label for s in standings]
+
+
+def percents(standings: list[Standing]) -> list[float]:
+    return [round(100 * s.worst.mean, 6) for s in standings]
+
+
+def first(text: str, length: int = 40) -> str:
+    """Return outcomes with the first ``text`` images right, such as '10'."""
+    return ("1" * int(text)).ljust(length, "0")
+
+
+# Order and ranks ------------------------------------------------------------------------------
+
+
+def test_rows_are_sorted_by_the_worst_case_and_not_by_the_clean_accuracy(book):
+    book.cell("clean", [first("40")], [first("5")])
+    book.cell("robust", [first("20")], [first("20")])
+    book.cell("middle", [first("30")], [first("12")])
+    standings = only(book.records).standings(LINF)
+    assert names(standings) == ["robust", "middle", "clean"]
+    assert percents(standings) == [50, 30, 12.5]
+    assert [round(s.clean.mean, 6) for s in standings] == [0.5, 0.75, 1.0]
+
+
+def test_the_order_of_records_does_not_matter(book):
+    for label, right in (("a", "5"), ("b", "30"), ("c", "5")):
+        book.cell(label, [first("40")], [first(right)])
+    there = only(book.records).standings(LINF)
+    assert only(book.records[::-1]).standings(LINF) == there
+    assert names(there) == ["b", "a", "c"]
+
+
+def test_rows_whose_intervals_overlap_share_ranks(book):
+    for label, right in (("best", "400"), ("second", "210"), ("third", "200")):
+        book.cell(label, [first("400", 400)], [first(right, 400)])
+    standings = only(book.records).standings(LINF)
+    assert [s.rank for s in standings] == [(1, 1), (2, 3), (2, 3)]
+
+
+def test_the_worst_case_is_over_attacks_image_by_image(book):
+    train = book.train(book.distill("dm"), ["1111"])
+    book.attack(train, ["1100"], "pgd")
+    book.attack(train, ["0110"], "autoattack", stronger_than=["pgd"])
+    table = only(book.records)
+    (standing,) = table.standings(LINF)
+    assert standing.worst.mean == 0.25
+    assert {a: e.mean for a, e in standing.by_attack.items()} == {"pgd": 0.5, "autoattack": 0.5}
+    assert table.attacks(LINF) == ["pgd", "autoattack"]  # the strongest last
+
+
+def test_figures_are_means_over_architectures(book):
+    distill = book.distill("dm")
+    book.attack(book.train(distill, ["1111"], "convnet"), ["1111"])
+    book.attack(book.train(distill, ["1100"], "mlp"), ["0000"])
+    (standing,) = only(book.records).standings(LINF)
+    assert standing.clean.mean == 0.75
+    assert standing.worst.mean == 0.5
+    assert standing.row.robust("mlp", ["pgd"], LINF).mean() == 0
+
+
+def test_distillation_seeds_are_seeds_too(book):
+    for seed, right in enumerate(("1111", "1100")):
+        book.cell("dm", ["1111"], [right], seed=seed)
+    (standing,) = only(book.records).standings(LINF)
+    assert standing.worst.mean == 0.75
+    assert standing.worst.std == pytest.approx(math.sqrt(0.125))
+
+
+# References -----------------------------------------------------------------------------------
+
+
+def reference(book: Any, label: str = "whole", right: str = "1111", **given: Any) -> Any:
+    distill = book.distill(label, ipc=0, role="reference", **given)
+    return book.attack(book.train(distill, ["1111"], track="reference"), [right])
+
+
+def test_references_stand_in_every_table_unranked_and_at_the_end(book):
+    reference(book)
+    for ipc in (1, 10):
+        distill = book.distill("dm", ipc=ipc)
+        for track in ("natural", "author"):
+            book.attack(book.train(distill, ["1111"], track=track), ["1000"])
+    made = tables(book.records)
+    assert [(t.ipc, t.track) for t in made] == [
+        (1, "author"), (1, "natural"), (10, "author"), (10, "natural"),
+    ]  # fmt: skip
+    for table in made:
+        standings = table.standings(LINF)
+        assert [(s.row.label, s.rank) for s in standings] == [("dm", (1, 1)), ("whole", None)]
+
+
+def test_references_alone_make_a_table(book):
+    reference(book)
+    table = only(book.records)
+    assert (table.ipc, table.track, table.rows) == (0, "reference", [])
+    assert names(table.standings(LINF)) == ["whole"]
+
+
+# Completeness ---------------------------------------------------------------------------------
+
+
+def test_a_row_that_lacks_an_attack_is_not_ranked_but_named(book):
+    train = book.train(book.distill("both"), ["1111"])
+    book.attack(train, ["1100"], "pgd")
+    book.attack(train, ["1000"], "autoattack")
+    book.cell("half", ["1111"], ["1111"])
+    table = only(book.records)
+    assert names(table.standings(LINF)) == ["both"]
+    assert [row.label for row in table.incomplete(LINF)] == ["half"]
+
+
+def test_a_row_that_lacks_an_architecture_is_not_ranked_but_named(book):
+    both = book.distill("both")
+    for architecture in ("convnet", "mlp"):
+        book.attack(book.train(both, ["1111"], architecture), ["1100"])
+    book.cell("half", ["1111"], ["1111"])
+    table = only(book.records)
+    assert table.architectures == ["convnet", "mlp"]
+    assert names(table.standings(LINF)) == ["both"]
+    assert [row.label for row in table.incomplete(LINF)] == ["half"]
+
+
+def test_a_table_that_was_not_attacked_yet_ranks_nobody(book):
+    """As it is when a run is interrupted: the other IPC is finished, this one is trained."""
+    book.cell("dm", ["1111"], ["1100"], ipc=10)
+    book.train(book.distill("dm", ipc=1), ["1111"])
+    table = tables(book.records)[0]
+    assert (table.ipc, table.ranked) == (1, [LINF])
+    assert table.standings(LINF) == []
+    assert [row.label for row in table.incomplete(LINF)] == ["dm"]
+
+
+def test_architectures_trained_in_different_seeds_are_not_averaged(book):
+    distill = book.distill("dm")
+    book.attack(book.train(distill, ["1111"], "convnet"), ["1100"])
+    book.attack(book.train(distill, ["1111"] * 3, "mlp"), ["1000"] * 3)
+    table = only(book.records)
+    assert table.standings(LINF) == []
+    assert [row.label for row in table.incomplete(LINF)] == ["dm"]
+
+
+def test_a_run_repeated_with_more_seeds_counts_once(book):
+    distill = book.distill("dm")
+    book.attack(book.train(distill, ["1111"]), ["1111"])
+    book.attack(book.train(distill, ["1111"] * 3), ["1000"] * 3)
+    (standing,) = only(book.records).standings(LINF)
+    assert standing.worst.mean == 0.25
+    assert standing.row.clean("convnet").shape == (3, 4)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_two_versions_of_a_plugin_the_later_result_counts(book, backwards):
+    for day, right in ((1, "1111"), (2, "1000")):
+        created = f"2026-01-0{day}T00:00:00+00:00"
+        train = book.train(book.distill("dm"), ["1111"], created=created)
+        book.attack(train, [right])
+    records = book.records[::-1] if backwards else book.records
+    (standing,) = only(records).standings(LINF)
+    assert standing.worst.mean == 0.25
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_of_two_versions_of_an_attack_the_later_result_counts(book, backwards):
+    train = book.train(book.distill("dm"), ["1111"])
+    for day, right in ((1, "1111"), (2, "1000")):
+        book.attack(train, [right], created=f"2026-01-0{day}T00:00:00+00:00")
+    records = book.records[::-1] if backwards else book.records
+    (standing,) = only(records).standings(LINF)
+    assert standing.worst.mean == 0.25
+
+
+def test_failed_and_skipped_steps_are_no_rows(book):
+    book.cell("dm", ["1111"], ["1100"])
+    book.distill("broken", status="failed", error="why")
+    train = book.train(book.distill("half"), ["1111"])
+    book.attack(train, [], status="failed", error="why")
+    table = only(book.records)
+    assert names(table.standings(LINF)) == ["dm"]
+    assert [row.label for row in table.incomplete(LINF)] == ["half"]
+
+
+def test_a_record_whose_parent_is_missing_is_left_out(book):
+    book.cell("dm", ["1111"], ["1100"])
+    lost = book.cell("lost", ["1111"], ["1100"])
+    records = [r for r in book.records if r.address != lost.distill]
+    assert names(only(records).standings(LINF)) == ["dm"]
+
+
+# Gain -----------------------------------------------------------------------------------------
+
+
+def test_the_gain_is_paired_image_by_image_and_seed_by_seed(book):
+    book.cell("random", ["1111"] * 2, ["1100", "1000"], control=True, role="baseline")
+    book.cell("dm", ["1111"] * 2, ["1110", "1100"])
+    dm, control = only(book.records).standings(LINF)
+    assert control.gain is None
+    assert dm.gain is not None
+    assert dm.gain.mean == 0.25
+    assert dm.gain.std == 0  # in both seeds one image more; the seeds themselves differ
+    assert dm.worst.std > 0
+
+
+def test_with_other_numbers_of_seeds_only_the_images_are_paired(book):
+    book.cell("random", ["1111"], ["1000"], control=True, role="baseline")
+    book.cell("dm", ["1111"] * 2, ["1100", "1111"])
+    dm, _ = only(book.records).standings(LINF)
+    assert dm.gain is not None
+    assert dm.gain.mean == 0.5
+
+
+def test_references_have_a_gain_too(book):
+    book.cell("random", ["1111"], ["1000"], control=True, role="baseline")
+    reference(book)
+    whole = only(book.records).standings(LINF)[-1]
+    assert whole.gain is not None
+    assert whole.gain.mean == 0.75
+
+
+def test_without_a_control_there_is_no_gain(book):
+    book.cell("random", ["1111"], ["1000"], role="baseline")
+    book.cell("dm", ["1111"], ["1100"])
+    assert [s.gain for s in only(book.records).standings(LINF)] == [None, None]
+
+
+# What may not be mixed ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "other", [{"protocol": "toy-v2"}, {"protocol_sha256": "b" * 64}, {"dataset": "mnist"}]
+)
+def test_protocols_and_data_sets_never_share_a_table(book, other):
+    book.cell("dm", ["1111"], ["1000"])
+    reference(book)
+    book.cell("random", ["1111"], ["1100"], **other)
+    made = tables(book.records)
+    assert len(made) == 2
+    assert sorted(names(t.standings(LINF)) for t in made) == [["dm", "whole"], ["random"]]
+
+
+def test_other_test_images_never_share_a_table(book):
+    book.cell("dm", ["1111"], ["1000"])
+    one = book.cell("random", ["1111"], ["1100"])
+    train = next(r for r in book.records if r.address == one.train)
+    moved = [r for r in book.records if r not in (one, train)]
+    moved += [r.model_copy(update={"test_sha256": "8" * 64}) for r in (one, train)]
+    assert len(tables(moved)) == 2
+
+
+def test_options_of_the_user_are_a_row_of_their_own(book):
+    book.cell("dm", ["1111"], ["1000"])
+    book.cell("dm [lr=3.0]", ["1111"], ["1100"])
+    assert names(only(book.records).standings(LINF)) == ["dm [lr=3.0]", "dm"]
+
+
+def test_only_the_threats_that_the_protocol_ranks_rank(book):
+    train = book.train(book.distill("dm"), ["1111"])
+    book.attack(train, ["1100"])
+    book.attack(train, ["1000"], eps=0.2, ranked=False)
+    book.attack(train, ["1110"], norm="l2", eps=0.5)
+    table = only(book.records)
+    assert table.ranked == [("l2", 0.5), LINF]
+    assert table.threats == [("l2", 0.5), LINF, ("linf", 0.2)]
+
+
+# Flags ----------------------------------------------------------------------------------------
+
+
+def test_flags_of_records_and_of_pairs_of_records_are_found(book):
+    flag = Flag(name="budget", message="moved images too far", value=0.5)
+    train = book.train(book.distill("dm"), ["1111"])
+    book.attack(train, ["1000"], "pgd", flags=[flag])
+    book.attack(train, ["1111"], "autoattack", stronger_than=["pgd"])
+    (row,) = only(book.records).rows
+    assert sorted(flag.name for _, _, flag in row_flags(row)) == ["budget", "weaker-than"]
