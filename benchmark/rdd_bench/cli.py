@@ -182,10 +182,10 @@ def _run_and_report(plan: Any, given: dict[str, Any], registry: Registry) -> Non
         summary = run_plan(plan, settings, registry, display)
     Store(out).write_file(Path("leaderboard.md"), render(summary.records).encode())
     _show_summary(summary)
-    for record in summary.failed:
-        click.echo(f"failed: {record.error}", err=True)
-    for record in summary.skipped:
-        click.echo(f"skipped: {record.error}", err=True)
+    for status, records in (("failed", summary.failed), ("skipped", summary.skipped)):
+        # Steps that fail for one reason, such as missing data, say it once.
+        for error in dict.fromkeys(record.error for record in records):
+            click.echo(f"{status}: {error}", err=True)
     done = f"{summary.computed} steps computed, {summary.reused} already there"
     if summary.failed:
         done += f", {len(summary.failed)} failed, {summary.dropped} not tried because of that"

@@ -171,9 +171,8 @@ def _cost_row(row: Row) -> dict[str, str]:
 
 def _passes(records: Sequence[StepRecord], parts: int) -> str:
     """Return thousands of images forward / backward, of each part."""
-    forward = sum(record.forward for record in records) / parts / 1000
-    backward = sum(record.backward for record in records) / parts / 1000
-    return f"{forward:,.0f}k / {backward:,.0f}k"
+    counts = (sum(r.forward for r in records), sum(r.backward for r in records))
+    return " / ".join(f"{count / parts / 1000:,.1f}" for count in counts)
 
 
 def _closing(results: Results, tables: Sequence[Table]) -> Iterable[str]:

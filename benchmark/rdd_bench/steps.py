@@ -256,7 +256,7 @@ class Worker:
             splits = load_splits(dataset, who, self.place.source, subset)
         except RddBenchError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Not the fault of the distiller that wants the data.
             raise RddBenchError(f"{who} raised {type(error).__name__}: {error}") from error
         pinned = dict(self.place.protocol_test_sha256).get(label)

@@ -179,7 +179,8 @@ def good_splits():
     images = torch.rand(40, 1, 8, 8)
     part = LabelledImages(images, torch.arange(10).repeat_interleave(4))
     names = tuple("abcdefghij")
-    return Splits(DatasetSpec("p", (1, 8, 8), names, (0.5,), (0.5,)), part, part)
+    spec = DatasetSpec(name="p", shape=(1, 8, 8), class_names=names, mean=(0.5,), std=(0.5,))
+    return Splits(spec, part, part)
 
 '''
 _METHODS = {

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import pytest
 
+import rdd_bench
+from rdd_bench.errors import RddBenchError
+
 WHO = {
     kind: f"{kind} 'planted' (planted 1.0)"
     for kind in ("distiller", "architecture", "attack", "dataset")
@@ -49,8 +52,8 @@ RAISES = [
             ": images of shape (10, 1, 4, 8); expected (n, 1, 8, 8)",
         ),
         (
-            "good = good_set(task)\nreturn DistilledSet(good.images.log() * 0, good.labels)",
-            ": ",
+            "good = good_set(task)\nreturn DistilledSet(good.images * torch.nan, good.labels)",
+            ": 640 pixels are NaN or infinite; expected finite pixels",
         ),
         (
             "good = good_set(task)\nreturn DistilledSet(good.images[1:], good.labels[1:])",
@@ -133,7 +136,7 @@ def test_an_attack_that_writes_into_its_images_gains_nothing(tiny, plant, out, r
     answer = tiny("--attacks", "planted")
     assert answer.code == 0
     (attack,) = records_of(out, "attack")
-    assert {"budget", "null-attack"} & {flag.name for flag in attack.flags} >= {"budget"}
+    assert "budget" in {flag.name for flag in attack.flags}
 
 
 def test_a_failed_step_is_tried_again(tiny, plant, out, records_of, monkeypatch):
@@ -155,10 +158,8 @@ def test_a_failed_step_is_tried_again(tiny, plant, out, records_of, monkeypatch)
 def test_run_from_python_raises_at_the_end_and_keeps_what_is_finished(
     protocol, plant, out, records_of
 ):
-    import rdd_bench
-
     plant("distiller", "raise ValueError('no luck')")
-    with pytest.raises(rdd_bench.errors.RddBenchError, match="1 steps failed.*no luck") as caught:
+    with pytest.raises(RddBenchError, match=r"1 steps failed.*no luck") as caught:
         rdd_bench.run(
             protocol=str(protocol),
             distillers=["planted", "random"],
@@ -177,7 +178,8 @@ def test_a_worker_that_dies_is_a_sentence_and_costs_nothing_that_is_finished(
     waits = f"while not list(__import__('pathlib').Path({str(out)!r}).glob('sets/*')):"
     plant("distiller", f"{waits} time.sleep(0.05)\nos._exit(9)")
     answer = tiny("--distillers", "random,planted", "--workers", 2)
-    assert "a worker process died" in answer.mistake_of_many
+    assert answer.code == 2
+    assert answer.err.splitlines()[-1].startswith("rdd-bench: a worker process died during")
     assert any(r.status == "done" for r in records_of(out))
 
 

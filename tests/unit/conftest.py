@@ -107,7 +107,9 @@ class Book:
     ) -> AttackRecord:
         values = {"norm": "linf", "eps": 0.1, "ranked": True, **given}
         values.setdefault("seconds", {"attack": 2.0, "total": 2.5})
-        head = self._head("attack", {"protocol": on.protocol, "protocol_sha256": on.protocol_sha256})
+        head = self._head(
+            "attack", {"protocol": on.protocol, "protocol_sha256": on.protocol_sha256}
+        )
         made: AttackRecord = self._add(
             AttackRecord(
                 **{**head, **values, **judged(robust)},

@@ -66,7 +66,10 @@ WRONG_SETS: dict[str, tuple[Any, Any, str, str]] = {
     "nothing": (images(0), LABELS[:0], "images of shape (0, 1, 4, 4)", "(n, 1, 4, 4)"),
     "double": (images().double(), LABELS, "images are torch.float64", "torch.float32"),
     "bytes": (images().byte(), LABELS, "images are torch.uint8", "torch.float32"),
-    "nan": (images().index_fill(0, torch.tensor([1]), torch.nan), LABELS, "16 pixels are NaN or infinite", "finite pixels"),
+    "nan": (
+        images().index_fill(0, torch.tensor([1]), torch.nan), LABELS,
+        "16 pixels are NaN or infinite", "finite pixels",
+    ),
     "inf": (images() / 0, LABELS, "96 pixels are NaN or infinite", "finite pixels"),
     "listed labels": (images(), [0, 0, 1, 1, 2, 2], "labels are list", "a torch tensor"),
     "int32 labels": (images(), LABELS.int(), "labels are torch.int32", "int64 (n,), or float32"),
@@ -174,7 +177,7 @@ WRONG_SPLITS: dict[str, tuple[Any, str, str]] = {
     "grey levels": (splits(train=LabelledImages(BRIGHT, LABELS)), "pixels span [", "[0, 1]"),
     "normalised": (splits(test=LabelledImages(DARK, LABELS)), "pixels span [-", "[0, 1]"),
     "bytes": (
-        splits(test=LabelledImages(images().byte(), LABELS)), "images are torch.uint8", "torch.float",
+        splits(test=LabelledImages(images().byte(), LABELS)), "images are torch.uint8", "torch.",
     ),
     "label range": (splits(test=LabelledImages(images(), LABELS + 1)), "labels span 1..3", "0..2"),
     "label type": (

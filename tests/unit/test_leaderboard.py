@@ -43,7 +43,10 @@ def test_rendering_twice_gives_the_same_text(finished):
 
 def test_every_table_has_its_rows_and_the_references(finished):
     text = render(finished.records)
-    for heading in ("digits, 1 image per class, natural track", "digits, 10 images per class, natural track"):
+    for heading in (
+        "digits, 1 image per class, natural track",
+        "digits, 10 images per class, natural track",
+    ):
         rows = table_rows(section(text, heading))
         assert [row[:2] for row in rows] == [["1–2", "dm"], ["1–2", "random"], ["ref", "*whole*"]]
 

@@ -66,7 +66,7 @@ def test_one_seed_has_the_normal_interval_over_images():
     e = estimate(scores)
     half = 1.959963984540054 * math.sqrt(0.8 * 0.2 / 100)
     assert e.mean == pytest.approx(0.8)
-    assert (e.low, e.high) == (pytest.approx(0.8 - half), pytest.approx(0.8 + half))
+    assert (e.low, e.high) == pytest.approx((0.8 - half, 0.8 + half))
     assert math.isnan(e.std)
 
 

@@ -238,7 +238,7 @@ def test_wrong_options_are_named_in_one_sentence(plan, options, message):
 
 
 def test_a_wrong_option_of_the_protocol_is_an_error_too(plan):
-    with pytest.raises(RddBenchError, match="slow.stepz is not an option"):
+    with pytest.raises(RddBenchError, match=r"slow\.stepz is not an option"):
         plan(rules(options={"slow": {"stepz": 3}}))
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rdd_bench.errors import RddBenchError, UnknownNameError
-from rdd_bench.plan import Selection, make_plan
+from rdd_bench.plan import AttackStep, Selection, make_plan
 from rdd_bench.protocol import DEFAULT, load_protocol, names, parse_protocol
 from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.types import Threat, format_eps, parse_eps
@@ -65,7 +65,7 @@ def test_a_shipped_protocol_holds_together(name, registry):
     protocol = load_protocol(name)
     assert protocol.name == name
     plan = make_plan(protocol, Selection(), registry)
-    ranked = {step.threat for step in plan.steps if getattr(step, "ranked", False)}
+    ranked = {s.threat for s in plan.steps if isinstance(s, AttackStep) and s.ranked}
     assert len(ranked) == len(protocol.threats)
     if protocol.control:
         assert protocol.control in protocol.distillers

@@ -92,7 +92,7 @@ statuses: st.SearchStrategy[Any] = st.sampled_from(["done", "failed", "skipped"]
 
 
 @st.composite
-def judged(draw, cls: Any, **more: Any) -> Any:
+def judged(draw: Any, /, cls: Any, **more: Any) -> Any:
     n = draw(st.integers(1, 20))
     bits = draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=1, max_size=3))
     common = {
@@ -110,7 +110,7 @@ def judged(draw, cls: Any, **more: Any) -> Any:
 flags = st.builds(Flag, name=texts, message=texts, value=st.none() | numbers)
 distills = st.builds(
     DistillRecord,
-    **{name: strategy for name, strategy in head.items()},
+    **head,
     status=statuses,
     dataset=texts,
     ipc=st.integers(0, 1000),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,7 @@ Install = Callable[..., str]
 
 
 @pytest.fixture
-def install(tmp_path, monkeypatch) -> Install:
+def install(tmp_path, monkeypatch) -> Iterator[Install]:
     """Return a function that puts a distribution with one module on the path."""
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
@@ -126,7 +126,9 @@ BROKEN = {
     "has an option without default": (
         good()
         .replace("class Good(Distiller)", "class Good(Distiller[Options])")
-        .replace("class Good", 'class Options(Config):\n    steps: int\n    """S."""\n\nclass Good'),
+        .replace(
+            "class Good", 'class Options(Config):\n    steps: int\n    """S."""\n\nclass Good'
+        ),
         "Good: option 'steps' needs a default and a docstring under it",
     ),
     "is an attack without norms": (
@@ -232,7 +234,9 @@ def test_an_argument_sets_the_option_that_takes_it(install):
         good("parts")
         .replace("class Good(Distiller)", "class Good(Distiller[Options])")
         .replace("    name =", '    argument = "model"\n    name =')
-        .replace("class Good", 'class Options(Config):\n    model: str = ""\n    """M."""\n\nclass Good')
+        .replace(
+            "class Good", 'class Options(Config):\n    model: str = ""\n    """M."""\n\nclass Good'
+        )
     )
     install(source)
     made = load_plugins().build("distiller", "parts:some.thing:1", {})

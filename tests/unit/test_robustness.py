@@ -237,7 +237,10 @@ def test_an_attack_that_exceeds_its_budget_is_flagged_and_judged_within_it(threa
     def to_the_edge(_m: nn.Module, images: Tensor, labels: Tensor, threat: Threat) -> Tensor:
         return project(far(_m, images, labels, threat), images, threat)
 
-    beyond, within = judge(far, test=test, threat=threat), judge(to_the_edge, test=test, threat=threat)
+    beyond, within = (
+        judge(far, test=test, threat=threat),
+        judge(to_the_edge, test=test, threat=threat),
+    )
     assert audit.BUDGET in flags(beyond)
     assert "moved images by up to" in beyond.flags[-1].message + beyond.flags[0].message
     assert within.flags == []
@@ -299,7 +302,10 @@ def test_a_network_that_draws_at_random_is_flagged():
 @pytest.mark.parametrize(
     ("behaviour", "message"),
     [
-        (lambda x: torch.full_like(x, torch.nan), "perturb returned NaN or infinite pixels; expected finite"),
+        (
+            lambda x: torch.full_like(x, torch.nan),
+            "perturb returned NaN or infinite pixels; expected finite",
+        ),
         (lambda x: x + torch.inf, "perturb returned NaN or infinite pixels"),
         (lambda x: x[:-1], r"perturb returned \(\d+, 1, 4, 4\); expected images"),
         (lambda x: x.flatten(1), r"perturb returned \(\d+, 16\); expected images"),

@@ -138,7 +138,7 @@ def write(tmp_path):
     """Return a function that writes records to a file of its own."""
 
     def write(name: str, *lines: str) -> Path:
-        path = tmp_path / name
+        path: Path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines))
         return path
