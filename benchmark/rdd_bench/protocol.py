@@ -107,9 +107,16 @@ class Protocol(Config):
 
     @property
     def sha256(self) -> str:
-        """Hash of everything that decides numbers: not the lists of what is run."""
-        selections = {"summary", "distillers", "references", "architectures", "attacks", "ipc"}
-        return digest(self.model_dump(mode="json", exclude=selections))
+        """Hash of the rules: data, seeds, recipe, threats.
+
+        What is run under them may grow: the lists of names, aliases and options are not in it.
+        Every record holds its options resolved, and tables tell apart what differs in them.
+        """
+        open_ended = {
+            "summary", "distillers", "references", "architectures", "attacks", "ranked_only",
+            "ipc", "tracks", "alias", "options",
+        }  # fmt: skip
+        return digest(self.model_dump(mode="json", exclude=open_ended))
 
     def is_ranked(self, threat: Threat) -> bool:
         return any(c.norm == threat.norm and c.ranked == threat.eps for c in self.threats)

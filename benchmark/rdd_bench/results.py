@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from rdd_bench.hashing import digest
 from rdd_bench.records import (
     AnyRecord,
     AttackRecord,
+    Component,
     DistillRecord,
     EnvironmentRecord,
     StepRecord,
@@ -17,6 +19,8 @@ from rdd_bench.records import (
 
 if TYPE_CHECKING:
     import pandas as pd
+
+StepT = TypeVar("StepT", DistillRecord, TrainRecord, AttackRecord)
 
 
 @dataclass
@@ -41,26 +45,81 @@ class Results:
 
 
 def join(records: Sequence[AnyRecord]) -> Results:
-    """Join records by their addresses; a record whose parent is missing is left out."""
-    done = [r for r in records if not isinstance(r, EnvironmentRecord) and r.status == "done"]
-    distills = {r.address: r for r in done if isinstance(r, DistillRecord)}
-    cells = {
-        r.address: Cell(distills[r.distill], r)
-        for r in done
-        if isinstance(r, TrainRecord) and r.distill in distills
-    }
-    for record in done:
-        if isinstance(record, AttackRecord) and record.train in cells:
-            cells[record.train].attacks.append(record)
-    not_done: list[StepRecord] = [
-        r for r in records if not isinstance(r, EnvironmentRecord) and r.status != "done"
-    ]
+    """Join records by their addresses; a record whose parent is missing is left out.
+
+    Of two results of the same thing, made by two versions of a plugin's code, the newer counts.
+    Components that share a label but differ in plugin or options get labels that tell them apart.
+    """
+    steps = [r for r in records if not isinstance(r, EnvironmentRecord)]
+    done = _tell_apart([r for r in steps if r.status == "done"])
+    distills = _newest(r for r in done if isinstance(r, DistillRecord))
+    trains = _newest(r for r in done if isinstance(r, TrainRecord) and r.distill in distills)
+    cells = {address: Cell(distills[r.distill], r) for address, r in trains.items()}
+    attacks = _newest(r for r in done if isinstance(r, AttackRecord) and r.train in cells)
+    for record in attacks.values():
+        cells[record.train].attacks.append(record)
     return Results(
         cells=list(cells.values()),
         distills=list(distills.values()),
-        not_done=not_done,
+        not_done=[r for r in steps if r.status != "done"],
         environments={r.address: r.facts for r in records if isinstance(r, EnvironmentRecord)},
     )
+
+
+def _newest(records: Iterable[StepT]) -> dict[str, StepT]:
+    """Return by address one record of each thing: that with most seeds, and of those the newest."""
+    best: dict[str, StepT] = {}
+    for record in sorted(records, key=lambda r: (_seeds(r), r.created, r.address)):
+        best[_thing(record)] = record
+    return {record.address: record for record in best.values()}
+
+
+def _seeds(record: StepRecord) -> int:
+    return 1 if isinstance(record, DistillRecord) else len(record.seeds)
+
+
+def _thing(record: StepRecord) -> str:
+    """Say what a record is a result of, whichever code made it."""
+    what: list[Any] = [record.protocol_sha256, record.kind, _identity(record.architecture)]
+    if isinstance(record, DistillRecord):
+        what += [record.dataset, _identity(record.distiller), record.ipc, record.seed]
+    elif isinstance(record, TrainRecord):
+        what += [record.distill, record.track]
+    else:
+        what += [record.train, _identity(record.attack), record.norm, record.eps]
+    return digest(what)
+
+
+def _identity(component: Component) -> list[Any]:
+    return [component.name, component.options]
+
+
+def _tell_apart(records: Sequence[StepRecord]) -> list[StepRecord]:
+    """Put a hash behind labels that stand for several plugins or options."""
+    meanings: dict[tuple[str, str], set[str]] = {}
+    for record in records:
+        for role, component in _components(record).items():
+            meanings.setdefault((role, component.label), set()).add(digest(_identity(component)))
+    told: list[StepRecord] = []
+    for record in records:
+        renamed = {
+            role: component.model_copy(
+                update={"label": f"{component.label} #{digest(_identity(component))[:4]}"}
+            )
+            for role, component in _components(record).items()
+            if len(meanings[role, component.label]) > 1
+        }
+        told.append(record.model_copy(update=renamed))
+    return told
+
+
+def _components(record: StepRecord) -> dict[str, Component]:
+    """Return the components of a record that tables name, by the field that holds them."""
+    if isinstance(record, DistillRecord):
+        return {"distiller": record.distiller}
+    if isinstance(record, TrainRecord):
+        return {"architecture": record.architecture}
+    return {"architecture": record.architecture, "attack": record.attack}
 
 
 def results_frame(records: Sequence[AnyRecord]) -> pd.DataFrame:

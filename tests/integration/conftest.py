@@ -87,14 +87,14 @@ def cli(monkeypatch, capsys) -> Callable[..., Answer]:
 
 
 @pytest.fixture
-def protocol(tmp_path) -> Path:
+def protocol(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(PROTOCOL)
     return path
 
 
 @pytest.fixture
-def out(tmp_path) -> Path:
+def out(tmp_path: Path) -> Path:
     """The run folder."""
     return tmp_path / "run"
 

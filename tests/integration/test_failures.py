@@ -5,6 +5,10 @@ Each test plants a plugin called 'planted' from a distribution 'planted' 1.0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 import rdd_bench
@@ -16,7 +20,9 @@ WHO = {
 }
 
 
-def check_failure(answer, out, records_of, message, sound):
+def check_failure(
+    answer: Any, out: Path, records_of: Callable[..., list[Any]], message: str, sound: int
+) -> None:
     """One step failed with this message; ``sound`` other steps were computed."""
     assert answer.code == 1
     assert f"failed: {message}" in answer.err
@@ -118,8 +124,8 @@ def test_an_attack_that_breaks(tiny, plant, out, records_of, body, message):
         *[(body, f" {message}") for body, message in RAISES],
         ("return good_splits().train", ": load returned LabelledImages; expected a Splits"),
         (
-            "good = good_splits()\ngood.test.images.mul_(255)\nreturn good",
-            ", test split: pixels span",
+            "good = good_splits()\ngood.train.images.mul_(255)\nreturn good",
+            ", train split: pixels span",
         ),
     ],
 )

@@ -5,76 +5,64 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 
-# The second distiller sleeps while this variable is set; variables are no part of an address.
+# The training sleeps while this variable is set; variables are no part of an address.
 SLOW = """\
 if "SLOW" in os.environ:
-    print("sleeping", file=sys.stderr, flush=True)
+    open(os.environ["SLOW"], "w").close()
     time.sleep(100)
-return good_set(task)
+return good_network(spec)
 """
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
 
 
+def nobody_in(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_runs_keep_what_is_finished_and_go_on(
-    tiny, plant, process, protocol, out, records_of, workers
+def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(
+    tiny, plant, process, protocol, out, tmp_path, records_of, workers
 ):
-    plant("distiller", SLOW)
-    chosen = ["--distillers", "random,planted", "--attacks", "fgsm"]
+    plant("architecture", SLOW)
+    asleep = tmp_path / "asleep"
     running = process.start(
-        *("run", "--protocol", protocol, "--out", out, "--device", "cpu", *chosen),
-        *("--workers", workers),
-        SLOW="1",
+        *("run", "--protocol", protocol, "--out", out, "--device", "cpu"),
+        *("--architectures", "planted", "--workers", workers),
+        SLOW=str(asleep),
     )
     try:
-        # With one worker the steps of 'random' come first; with two they run beside the sleeper.
-        wait_for(lambda: running.poll() is not None or len(list(out.glob("records/*"))) >= 4)
-        time.sleep(0.2)
+        wait_for(lambda: asleep.exists() or running.poll() is not None)
         began = time.monotonic()
+        # To the whole group, as a terminal does.
         os.killpg(running.pid, signal.SIGINT)
         _, err = running.communicate(timeout=60)
         seconds = time.monotonic() - began
+        assert running.returncode == 130, err
+        assert seconds < 20
+        assert "Interrupted. Finished steps are kept; run the same command again" in err
+        assert "Traceback" not in err
+        wait_for(lambda: nobody_in(running.pid), seconds=10)
     finally:
-        if running.poll() is None:
+        if not nobody_in(running.pid):
             os.killpg(running.pid, signal.SIGKILL)
-    assert running.returncode == 130, err
-    assert seconds < 20
-    assert "Interrupted. Finished steps are kept; run the same command again" in err
-    assert "Traceback" not in err
-    finished = records_of(out)
-    assert [r.status for r in finished] == ["done"] * 3
+    (finished,) = records_of(out)
+    assert (finished.kind, finished.status) == ("distill", "done")
     assert not list(out.rglob("*.part"))
 
-    answer = tiny(*chosen)
+    answer = tiny("--architectures", "planted")
     assert answer.code == 0
-    assert "3 steps computed, 3 already there." in answer.out
-
-
-def test_no_process_of_an_interrupted_run_is_left(plant, process, protocol, out):
-    plant("distiller", SLOW)
-    running = process.start(
-        *("run", "--protocol", protocol, "--out", out, "--device", "cpu", "--workers", 2),
-        *("--distillers", "planted"),
-        SLOW="1",
-    )
-    try:
-        wait_for(lambda: running.poll() is not None or out.exists())
-        # While the workers are still importing.
-        time.sleep(1)
-        os.killpg(running.pid, signal.SIGINT)
-        running.communicate(timeout=60)
-        assert running.returncode == 130
-        with pytest.raises(ProcessLookupError):
-            wait_for(lambda: os.killpg(running.pid, 0), seconds=5)
-    finally:
-        if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
+    assert "3 steps computed, 1 already there." in answer.out

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +65,7 @@ def test_a_dry_run_computes_and_writes_nothing(tiny, out):
 # Resuming -------------------------------------------------------------------------------------
 
 
-def written(folder):
+def written(folder: Path) -> dict[Path, int]:
     """When each result of a run folder was written."""
     results = [path for path in folder.glob("*/*") if not path.name.startswith("environment-")]
     return {path: path.stat().st_mtime_ns for path in results}
@@ -183,7 +186,7 @@ def test_more_workers_give_the_same_numbers(tiny, out, tmp_path, verdicts):
 # Options --------------------------------------------------------------------------------------
 
 
-def pgd_steps(records_of, out):
+def pgd_steps(records_of: Callable[..., list[Any]], out: Path) -> tuple[int, str]:
     (record,) = [r for r in records_of(out, "attack") if r.attack.name == "rdd-bench/pgd"]
     return record.attack.options["steps"], record.attack.label
 

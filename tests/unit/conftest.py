@@ -47,7 +47,8 @@ class Book:
 
     @staticmethod
     def component(label: str, **options: Any) -> ComponentRecord:
-        name = label.split(" ")[0]
+        name, _, changed = label.partition(" ")
+        options = options or ({"changed": changed} if changed else {})
         return ComponentRecord(
             name=f"rdd-bench/{name}", label=label, version="1.0", source_sha256="5" * 64,
             options=options,
