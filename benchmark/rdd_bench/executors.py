@@ -145,6 +145,7 @@ def _in_processes(
     # A forked process would inherit torch's threads in an undefined state.
     context = multiprocessing.get_context("spawn")
     messages: Queue[Message] = context.Queue()
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(place, messages)
     )
@@ -166,7 +167,7 @@ def _in_processes(
                 _settle(agenda, step, result)
     except BaseException:
         # Do not wait for steps that may take minutes: what they made would not be stored.
-        for process in multiprocessing.active_children():
+        for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
         raise

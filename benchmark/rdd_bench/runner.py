@@ -74,15 +74,15 @@ def run(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
     device: str = "auto",
-    workers: int | None = None,
+    workers: int = 1,
     data_root: str | Path | None = None,
     download: bool = False,
 ) -> pd.DataFrame:
     """Distil, train, attack; return the results as ``load_results`` does.
 
     The arguments are those of ``rdd-bench run``; what is not given is what the protocol says.
-    Running it again with the same arguments resumes. With several workers, call it under
-    ``if __name__ == "__main__":``, as everything that starts processes.
+    Running it again with the same arguments resumes. More ``workers`` give the same numbers
+    sooner; call it under ``if __name__ == "__main__":`` then, as everything that starts processes.
 
     Raises:
         RddBenchError: For a wrong name or option, before anything is computed, and at the end

@@ -7,7 +7,8 @@ import dataclasses
 import json
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -73,6 +74,30 @@ class Result:
     files: dict[Path, bytes] = field(default_factory=dict)
 
 
+@contextmanager
+def numerical_settings(threads: int) -> Iterator[None]:
+    """Set what numbers depend on, the same in every process, and restore it afterwards.
+
+    Verdicts are made in full float32 precision: TF32 would change some of them.
+    """
+    before = (
+        torch.get_num_threads(),
+        torch.backends.cuda.matmul.allow_tf32,
+        torch.backends.cudnn.allow_tf32,
+    )
+    _set_numerics(threads, matmul_tf32=False, cudnn_tf32=False)
+    try:
+        yield
+    finally:
+        _set_numerics(before[0], matmul_tf32=before[1], cudnn_tf32=before[2])
+
+
+def _set_numerics(threads: int, *, matmul_tf32: bool, cudnn_tf32: bool) -> None:
+    torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
+    torch.backends.cudnn.allow_tf32 = cudnn_tf32
+
+
 class Worker:
     """Carries out steps in one process, and remembers plugins and data between them."""
 
@@ -81,17 +106,16 @@ class Worker:
         self.registry = registry or load_plugins()
         self.device = torch.device(place.device)
         self.store = Store(place.out)
-        torch.set_num_threads(place.threads)
-        # Verdicts are made in full float32 precision: TF32 would change some of them.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
         self.environment = environment_record(self.device, place.threads)
         self._splits = lru_cache(maxsize=2)(self._load_splits)
 
     def carry_out(self, step: Step, report: Report) -> Result:
         """Run one step; a failure becomes a record too."""
         try:
-            with tempfile.TemporaryDirectory(prefix="rdd-bench-") as scratch:
+            with (
+                numerical_settings(self.place.threads),
+                tempfile.TemporaryDirectory(prefix="rdd-bench-") as scratch,
+            ):
                 if isinstance(step, DistillStep):
                     return self._distill(step, Path(scratch), report)
                 if isinstance(step, TrainStep):
@@ -304,7 +328,8 @@ class Worker:
 
 def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
     """Return the record of this machine; its address is the hash of the facts."""
-    facts = describe_environment(device, threads)
+    with numerical_settings(threads):
+        facts = describe_environment(device, threads)
     return EnvironmentRecord(address=f"environment-{digest(facts)[:16]}", facts=facts)
 
 
