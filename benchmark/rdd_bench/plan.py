@@ -16,7 +16,7 @@ from rdd_bench.errors import RddBenchError
 from rdd_bench.hashing import digest
 from rdd_bench.protocol import TRACKS, Options, Protocol
 from rdd_bench.records import Component
-from rdd_bench.registry import Offer, Registry, with_argument
+from rdd_bench.registry import HOST, Offer, Registry, with_argument
 from rdd_bench.types import Recipe, Threat
 
 KEY_VERSION = 1
@@ -162,7 +162,7 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
     Raises:
         RddBenchError: For an unknown name or option, before anything is computed.
     """
-    chooser = _Chooser(protocol, selection.options, registry)
+    chooser = _Chooser(protocol, selection.options, registry, _own_names(protocol, selection))
     architectures = [
         chooser.choose("architecture", name)
         for name in _chosen(selection.architectures, protocol.architectures, "architectures")
@@ -192,6 +192,16 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
                 for attack in _attack_steps(protocol, train, attacks, registry):
                     steps.setdefault(attack.address, attack)
     return Plan(protocol, tuple(steps.values()))
+
+
+def _own_names(protocol: Protocol, selection: Selection) -> set[str]:
+    """Return the names that the protocol chose and not the user."""
+    kinds = ("distillers", "architectures", "attacks", "datasets")
+    own = {protocol.distill_architecture, *protocol.references}
+    for kind in kinds:
+        if getattr(selection, kind) is None:
+            own.update(getattr(protocol, kind))
+    return own
 
 
 def _distill_steps(
@@ -258,16 +268,22 @@ def _chosen(
 class _Chooser:
     """Resolves names and options: plugin's default < protocol < the user's."""
 
-    def __init__(self, protocol: Protocol, overrides: Options, registry: Registry) -> None:
+    def __init__(
+        self, protocol: Protocol, overrides: Options, registry: Registry, own: set[str]
+    ) -> None:
         self.protocol = protocol
         self.overrides = overrides
         self.registry = registry
+        self.own = own
         self.used: set[str] = set()
 
     def choose(self, kind: str, label: str, ipc: int | None = None) -> Choice:
         """Return the component of a label with its options checked and filled in."""
         offer = self._offer(kind, label)
-        keys = [label] if ipc is None else [label, f"{label}@{ipc}"]
+        # A protocol that sets options of 'dm' means the built-in, which may be spelt out.
+        plain = label.removeprefix(f"{HOST}/")
+        names = list(dict.fromkeys([plain, label]))
+        keys = names if ipc is None else [*names, *(f"{name}@{ipc}" for name in names)]
         self.used.update(keys)
         ruled: dict[str, Any] = {}
         asked: dict[str, Any] = {}
@@ -301,10 +317,22 @@ class _Chooser:
                 )
 
     def _offer(self, kind: str, label: str) -> Offer:
-        return self.registry.find(kind, self.protocol.alias.get(label, label))
+        return self.registry.find(kind, self._text(kind, label))
+
+    def _text(self, kind: str, label: str) -> str:
+        """Return what a label stands for: an alias, or a built-in that the protocol means.
+
+        A plugin that offers the name of a built-in must not stop protocols that name it.
+        """
+        text = self.protocol.alias.get(label, label)
+        if label in self.own or label in self.protocol.alias:
+            offers = {offer.qualified for offer in self.registry.of_kind(kind)}
+            if f"{HOST}/{text.partition(':')[0]}" in offers:
+                return f"{HOST}/{text}"
+        return text
 
     def _resolve(self, offer: Offer, label: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        text = self.protocol.alias.get(label, label)
+        text = self._text(offer.kind, label)
         config = offer.cls.parse(with_argument(offer, text, options))
         resolved: dict[str, Any] = config.model_dump(mode="json")
         return resolved

@@ -163,9 +163,11 @@ def is_control(row: Row) -> bool:
 
 
 def find_attack(cell: Cell, label: str, threat: Threat) -> AttackRecord | None:
-    """Return the record of one attack on a cell; the latest, if it was made by two versions."""
-    found = [a for a in cell.attacks if a.attack.label == label and (a.norm, a.eps) == threat]
-    return max(found, key=lambda record: record.created, default=None)
+    """Return the record of one attack on a cell."""
+    for record in cell.attacks:
+        if record.attack.label == label and (record.norm, record.eps) == threat:
+            return record
+    return None
 
 
 def make_tables(results: Results) -> list[Table]:
@@ -206,20 +208,11 @@ def make_tables(results: Results) -> list[Table]:
 
 
 def _rows(cells: Sequence[Cell]) -> list[Row]:
-    """Return the rows of a table, each with one cell a distillation seed and architecture.
-
-    A run that was repeated with more seeds, or with a new version of a plugin, leaves two: the
-    one with more seeds counts, and of equals the latest.
-    """
-    kept: dict[tuple[str, int, str], Cell] = {}
-    for cell in sorted(cells, key=lambda c: (len(c.train.seeds), c.train.created)):
-        distill = cell.distill
-        kept[distill.distiller.label, distill.seed, cell.train.architecture.label] = cell
     rows: dict[str, Row] = {}
-    for label, seed, architecture in sorted(kept):
-        cell = kept[label, seed, architecture]
+    for cell in sorted(cells, key=lambda c: (c.distill.distiller.label, c.distill.seed)):
+        label = cell.distill.distiller.label
         row = rows.setdefault(label, Row(label, cell.distill.role, {}))
-        row.cells.setdefault(architecture, []).append(cell)
+        row.cells.setdefault(cell.train.architecture.label, []).append(cell)
     return list(rows.values())
 
 

@@ -154,7 +154,7 @@ class Recipe(Config):
     weight_decay: float = Field(default=5e-4, ge=0)
     """L2 penalty (decoupled for AdamW)."""
     schedule: Literal["constant", "step", "cosine"] = "step"
-    """'step' divides the rate by ten once, after half of the epochs; 'cosine' goes to zero."""
+    """'step' divides the rate by ten once, after epochs // 2 + 1 of them; 'cosine' goes to zero."""
     augment: str = ""
     """Operations of non-Siamese DSA joined by '_', such as 'color_crop_cutout'; '' for none."""
     adversarial: AdversarialTraining | None = None

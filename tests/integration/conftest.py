@@ -135,11 +135,14 @@ class Process:
             start_new_session=True,
         )
 
-    def __call__(self, *arguments: Any, after: str = "", **environment: str) -> Answer:
+    def __call__(self, *arguments: Any, after: str = "") -> Answer:
         """Run it to its end, then the Python statement ``after`` in the same process."""
+        return self.finish(self.command(*arguments, after=after))
+
+    def finish(self, command: list[str]) -> Answer:
         done = subprocess.run(
-            self.command(*arguments, after=after),
-            env=self.environment(**environment),
+            command,
+            env=self.environment(),
             cwd=self.folder,
             capture_output=True,
             text=True,
@@ -191,7 +194,7 @@ _METHODS = {
 }
 
 
-def plugin(kind: str, body: str, name: str = "planted") -> str:
+def plugin(kind: str, body: str, name: str) -> str:
     """Return the source of a plugin with one component, whose one method is ``body``."""
     lines = "\n".join(f"        {line}" for line in body.strip().splitlines())
     return f'''{_HEAD}
@@ -236,8 +239,12 @@ def install(tmp_path, monkeypatch) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def plant(install) -> Callable[..., None]:
-    """Install a distribution ``planted`` with one component ``planted``, given its method."""
-    return lambda kind, body: install("planted", plugin(kind, body))
+    """Install a distribution with one component, given its method."""
+
+    def put(kind: str, body: str, distribution: str = "planted", name: str = "planted") -> None:
+        install(distribution, plugin(kind, body, name))
+
+    return put
 
 
 # Reading a run folder -------------------------------------------------------------------------

@@ -7,8 +7,6 @@ import signal
 import time
 from collections.abc import Callable
 
-import pytest
-
 # The training sleeps while this variable is set; variables are no part of an address.
 SLOW = """\
 if "SLOW" in os.environ:
@@ -16,6 +14,9 @@ if "SLOW" in os.environ:
     time.sleep(100)
 return good_network(spec)
 """
+
+
+SENTENCE = "Interrupted. Finished steps are kept; run the same command again to go on."
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
@@ -33,15 +34,34 @@ def nobody_in(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(
-    tiny, plant, process, protocol, out, tmp_path, records_of, workers
+    tiny, plant, out, records_of, monkeypatch
+):
+    plant(
+        "architecture",
+        "if 'SLOW' in os.environ: __import__('signal').raise_signal(2)\nreturn good_network(spec)",
+    )
+    monkeypatch.setenv("SLOW", "1")
+    answer = tiny("--architectures", "planted")
+    assert answer.code == 130
+    assert SENTENCE in answer.err
+    assert "Traceback" not in answer.err
+    (finished,) = records_of(out)
+    assert (finished.kind, finished.status) == ("distill", "done")
+    monkeypatch.delenv("SLOW")
+    answer = tiny("--architectures", "planted")
+    assert answer.code == 0
+    assert "3 steps computed, 1 already there." in answer.out
+
+
+def test_ctrl_c_stops_every_worker_at_once(
+    tiny, plant, process, protocol, out, tmp_path, records_of
 ):
     plant("architecture", SLOW)
     asleep = tmp_path / "asleep"
     running = process.start(
         *("run", "--protocol", protocol, "--out", out, "--device", "cpu"),
-        *("--architectures", "planted", "--workers", workers),
+        *("--architectures", "planted", "--workers", 2),
         SLOW=str(asleep),
     )
     try:
@@ -53,7 +73,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(
         seconds = time.monotonic() - began
         assert running.returncode == 130, err
         assert seconds < 20
-        assert "Interrupted. Finished steps are kept; run the same command again" in err
+        assert SENTENCE in err
         assert "Traceback" not in err
         wait_for(lambda: nobody_in(running.pid), seconds=10)
     finally:

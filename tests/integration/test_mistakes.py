@@ -9,7 +9,10 @@ import pytest
     ("arguments", "says"),
     [
         # Names.
-        (["--distillers", "randm"], "'randm' is not the name of a distiller; did you mean 'random'?"),
+        (
+            ["--distillers", "randm"],
+            "'randm' is not the name of a distiller; did you mean 'random'?",
+        ),
         (["--architectures", "convnt"], "not the name of an architecture; did you mean 'convnet'?"),
         (["--attacks", "pdg"], "'pdg' is not the name of an attack; did you mean 'pgd'?"),
         (["--datasets", "digit"], "not the name of a dataset; did you mean 'digits'?"),
@@ -128,8 +131,6 @@ def test_a_plugin_that_did_not_load_stops_nobody_else(tiny, install):
         (["leaderboard", "."], "holds no records; expected a run folder or .jsonl files"),
     ],
 )
-def test_a_mistake_in_another_command_is_one_sentence(
-    cli, tmp_path, monkeypatch, arguments, says
-):
+def test_a_mistake_in_another_command_is_one_sentence(cli, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     assert says in cli(*arguments).mistake

@@ -10,8 +10,8 @@ import pytest
 
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.plan import AttackStep, DistillStep, Plan, Selection, TrainStep, make_plan, parent
-from rdd_bench.protocol import Protocol, parse_protocol
-from rdd_bench.registry import Registry
+from rdd_bench.protocol import Protocol, load_protocol, parse_protocol
+from rdd_bench.registry import Registry, load_plugins
 
 RULES: dict[str, Any] = {
     "name": "toy-v1",
@@ -145,6 +145,17 @@ def test_every_budget_has_an_attack_of_its_own(plan):
     made = attacks(plan(distillers=["slow"], ipc=[1], architectures=["net"], attacks=["push"]))
     methods = [s for s in made if s.train.distill.role == "method"]
     assert len({s.address for s in methods}) == len({(s.threat) for s in methods}) == 3
+
+
+def test_the_norm_of_a_budget_decides_the_attack(plan):
+    threats = [{"norm": norm, "eps": [0.5], "ranked": 0.5} for norm in ("linf", "l2")]
+    made = attacks(plan(rules(threats=threats), attacks=["push"]))
+    assert len({s.address for s in made}) == len(made) == 5 * 2 * 2
+
+
+def test_networks_are_tested_in_the_batches_of_the_protocol(plan):
+    trains = [s for s in plan(rules(batch_size=7)).steps if isinstance(s, TrainStep)]
+    assert {s.batch_size for s in trains} == {7}
 
 
 def test_a_new_version_or_source_of_a_plugin_decides_its_results(plan, toy_registry):
@@ -314,3 +325,37 @@ def test_steps_read_as_sentences_and_all_differ(plan):
     assert "train net-wide on everything" in words
     assert "push linf 8/255 on net of slow ipc 1" in words
     assert all(a != b for a, b in itertools.combinations(words, 2))
+
+
+# A plugin that offers the name of a built-in ---------------------------------------------------
+
+
+@pytest.fixture
+def clash():
+    """The built-in plugins, and another distribution that offers 'dm' too."""
+    registry = load_plugins()
+    dm = registry.find("distiller", "dm")
+    other = dataclasses.replace(dm, distribution="other")
+    return Registry([*registry.offers, other], registry.problems)
+
+
+def test_a_clash_of_names_does_not_stop_a_protocol_that_means_the_built_in(clash):
+    protocol = load_protocol("digits-v1")
+    plan = make_plan(protocol, Selection(), clash)
+    assert plan == make_plan(protocol, Selection(), load_plugins())
+
+
+def test_a_name_that_the_user_types_must_say_whose_it_is(clash):
+    with pytest.raises(RddBenchError, match=r"other/dm or rdd-bench/dm|rdd-bench/dm or other/dm"):
+        make_plan(load_protocol("digits-v1"), Selection(distillers=["dm"]), clash)
+
+
+def test_a_built_in_spelt_out_keeps_the_options_of_the_protocol(clash):
+    protocol = load_protocol("digits-v1")
+    plan = make_plan(protocol, Selection(distillers=["rdd-bench/dm"]), clash)
+    (options,) = {
+        step.distiller.component.options["iterations"]
+        for step in plan.of(DistillStep)
+        if isinstance(step, DistillStep) and step.role == "method"
+    }
+    assert options == protocol.options["dm"]["iterations"]
