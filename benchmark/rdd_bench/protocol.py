@@ -116,7 +116,11 @@ class Protocol(Config):
             "summary", "distillers", "references", "architectures", "attacks", "ranked_only",
             "ipc", "tracks", "alias", "options",
         }  # fmt: skip
-        return digest(self.model_dump(mode="json", exclude=open_ended))
+        rules = self.model_dump(mode="json", exclude=open_ended)
+        # A check and no rule: every record holds the hash of its test images, and tables with
+        # other images are other tables.
+        rules["test_sha256"] = {}
+        return digest(rules)
 
     def is_ranked(self, threat: Threat) -> bool:
         return any(c.norm == threat.norm and c.ranked == threat.eps for c in self.threats)
