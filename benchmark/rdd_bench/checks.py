@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rdd_bench.errors import ContractError
-from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Splits
+from rdd_bench.hashing import canonical_json
+from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Recipe, Splits
 
 
 def check_splits(splits: Any, who: str) -> Splits:
@@ -53,6 +54,12 @@ def check_distilled_set(
     if not isinstance(distilled, DistilledSet):
         raise ContractError(who, f"distill returned {type(distilled).__name__}", "a DistilledSet")
     _check_images(distilled.images, spec.shape, who)
+    if not isinstance(distilled.recipe, Recipe | None):
+        raise ContractError(who, f"recipe is {type(distilled.recipe).__name__}", "a Recipe or None")
+    try:
+        canonical_json(dict(distilled.notes))
+    except (TypeError, ValueError) as error:
+        raise ContractError(who, f"notes: {error}", "finite numbers, texts, lists") from None
     labels = distilled.labels
     _check_tensor(labels, "labels", who)
     if labels.ndim == 2:

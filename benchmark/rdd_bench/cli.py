@@ -94,6 +94,11 @@ def cli(context: click.Context) -> None:
 @click.option("--ipc", type=NUMBERS, help="Images per class, such as 1,10.")
 @click.option("--seeds", type=NUMBERS, help="Training seeds, such as 0-4.")
 @click.option(
+    "--distill-seeds",
+    type=NUMBERS,
+    help="Distillation seeds, such as 0-2: several draws of every method.",
+)
+@click.option(
     "--tracks", type=NAMES, help="natural (one recipe for all sets), author (each set's own)."
 )
 @click.option(
@@ -150,7 +155,16 @@ def run(**given: Any) -> None:  # fmt: skip
 
     registry = _registry()
     protocol = load_protocol(given["protocol"])
-    selected = ("distillers", "architectures", "attacks", "datasets", "ipc", "seeds", "tracks")
+    selected = (
+        "distillers",
+        "architectures",
+        "attacks",
+        "datasets",
+        "ipc",
+        "seeds",
+        "distill_seeds",
+        "tracks",
+    )
     selection = Selection(
         **{name: given[name] for name in selected},
         options=read_overrides(given["config"], given["assignments"]),
@@ -324,9 +338,10 @@ def leaderboard(
         Store(output.parent).write_file(Path(output.name), text.encode())
         click.echo(f"wrote {output}")
     if publish is not None:
-        for name, lines in published(records).items():
+        files = published(records)
+        for name, lines in files.items():
             Store(publish).write_file(Path(name), lines.encode())
-        click.echo(f"wrote {len(published(records))} files of records to {publish}")
+        click.echo(f"wrote {len(files)} files of records to {publish}")
 
 
 def main() -> None:

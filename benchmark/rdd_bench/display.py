@@ -29,7 +29,7 @@ class Display:
         self.bars: dict[str, TaskID] = {}
         self.names: dict[str, str] = {}
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeElapsedColumn(),

@@ -18,10 +18,9 @@ from dataclasses import dataclass, field
 from multiprocessing.queues import Queue
 from typing import Protocol
 
-from rdd_bench.errors import RddBenchError
 from rdd_bench.plan import Step, parent
 from rdd_bench.registry import Registry
-from rdd_bench.steps import Place, Result, Worker
+from rdd_bench.steps import Place, Result, Worker, lost
 
 REPORT_INTERVAL = 0.2
 """Seconds between two messages about the progress of one step."""
@@ -146,13 +145,22 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     messages: Queue[Message] = context.Queue()
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(place, messages)
-    )
+
+    def new_pool() -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(place, messages)
+        )
+
+    pool, broken = new_pool(), False
     running: dict[Future[Result], Step] = {}
     try:
         while True:
-            while len(running) < workers and (step := agenda.next_ready()) is not None:
+            if broken and not running:
+                pool.shutdown(wait=False)
+                pool, broken = new_pool(), False
+            while (
+                not broken and len(running) < workers and (step := agenda.next_ready()) is not None
+            ):
                 running[pool.submit(_carry_out, step)] = step
                 watcher.started(step)
             if not running:
@@ -161,7 +169,11 @@ def _in_processes(
             _pass_on(messages, watcher)
             for future in ended:
                 step = running.pop(future)
-                result = _result_of(future, step)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    # A process that dies takes the pool and the steps beside it with it.
+                    result, broken = lost(step, place), True
                 watcher.finished(step)
                 yield step, result
                 _settle(agenda, step, result)
@@ -172,16 +184,6 @@ def _in_processes(
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-
-
-def _result_of(future: Future[Result], step: Step) -> Result:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        raise RddBenchError(
-            f"a worker process died during '{step}' or beside it, most likely for lack of "
-            "memory; what is finished is kept: run the same command again with fewer --workers"
-        ) from None
 
 
 def _pass_on(messages: Queue[Message], watcher: Watcher) -> None:

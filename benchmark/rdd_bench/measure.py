@@ -103,7 +103,8 @@ class PassCounter:
         goes through once.
         """
         for layer in network.modules():
-            if next(layer.parameters(recurse=False), None) is not None:
+            leaf = next(layer.children(), None) is None
+            if leaf and next(layer.parameters(recurse=False), None) is not None:
                 layer.register_forward_hook(self._count)
                 return
 

@@ -33,9 +33,6 @@ class Estimate:
     low: float
     high: float
 
-    def overlaps(self, other: Estimate) -> bool:
-        return self.low <= other.high and other.low <= self.high
-
 
 def estimate(scores: Scores) -> Estimate:
     """Return the mean of scores (seeds, images) with a 95 % confidence interval.

@@ -107,6 +107,8 @@ class AttackStep:
     attack: Choice
     threat: Threat
     ranked: bool
+    standard: bool
+    """Whether the protocol names this attack, with these options."""
     address: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -151,6 +153,7 @@ class Selection:
     datasets: Sequence[str] | None = None
     ipc: Sequence[int] | None = None
     seeds: Sequence[int] | None = None
+    distill_seeds: Sequence[int] | None = None
     tracks: Sequence[str] | None = None
     options: Options = field(default_factory=dict)
     """Overrides by component, from --config and --set."""
@@ -212,6 +215,7 @@ def _distill_steps(
     labels = list(dict.fromkeys([*protocol.references, *named]))
     subset = (protocol.subset.train_per_class, protocol.subset.test_per_class)
     ipcs = _chosen(selection.ipc, protocol.ipc, "ipc")
+    seeds = _chosen(selection.distill_seeds, protocol.distill_seeds, "distill-seeds")
     for ipc in ipcs:
         if ipc < 1:
             raise RddBenchError(f"--ipc {ipc}: images per class are 1 or more")
@@ -221,14 +225,14 @@ def _distill_steps(
             role = chooser.distiller_role(label)
             reference = role == "reference"
             for ipc in [0] if reference else ipcs:
-                for seed in [0] if reference else protocol.distill_seeds:
+                for seed in [0] if reference else seeds:
                     yield DistillStep(
                         protocol_sha256=protocol.sha256,
                         dataset=dataset,
                         subset=subset,
                         distiller=chooser.choose("distiller", label, ipc),
                         role=role,
-                        control=label == protocol.control,
+                        control=label.removeprefix(f"{HOST}/") == protocol.control,
                         ipc=ipc,
                         architecture=chooser.choose("architecture", protocol.distill_architecture),
                         seed=seed,
@@ -243,13 +247,19 @@ def _attack_steps(
 ) -> Iterable[AttackStep]:
     for name, attack in attacks:
         cls = registry.find("attack", attack.offer_name).cls
-        if not issubclass(cls, Attack):
-            continue
+        assert issubclass(cls, Attack)
+        norms = {curve.norm for curve in protocol.threats}
+        if not norms & cls.norms:
+            raise RddBenchError(
+                f"attack '{name}' works in {', '.join(sorted(cls.norms))}; protocol "
+                f"{protocol.name} has budgets in {', '.join(sorted(norms))} only"
+            )
         for curve in protocol.threats:
             for threat in curve.threats():
                 ranked = protocol.is_ranked(threat)
                 if threat.norm in cls.norms and (ranked or name not in protocol.ranked_only):
-                    yield AttackStep(train, attack, threat, ranked)
+                    standard = attack.component.label in protocol.attacks
+                    yield AttackStep(train, attack, threat, ranked, standard)
 
 
 def _address(kind: str, key: Sequence[Any]) -> str:

@@ -160,11 +160,13 @@ class AttackRecord(_Judged):
     """Address of the training."""
     attack: Component
     stronger_than: list[str] = Field(default_factory=list)
-    """Qualified names of the attacks that this one should never lose to."""
+    """Names of the attacks that this one should never lose to."""
     norm: Norm
     eps: float
     ranked: bool = False
     """Whether the protocol ranks this threat."""
+    standard: bool = False
+    """Whether the protocol names this attack, with these options."""
     provenance: dict[str, str] = Field(default_factory=dict)
     """Which library ran, where the attack uses one."""
     messages: list[str] = Field(default_factory=list)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pluggy
 from packaging.requirements import InvalidRequirement, Requirement
@@ -25,7 +25,7 @@ from rdd_bench import __version__, hookspecs
 from rdd_bench.components import KINDS, Attack, Component
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.hookspecs import HOOK_OF_KIND, PROJECT
-from rdd_bench.types import Info
+from rdd_bench.types import Info, Norm
 
 HOST = "rdd-bench"
 ENTRY_POINT_GROUP = PROJECT
@@ -261,6 +261,8 @@ def class_refusal(kind: str, cls: Any) -> str | None:
         )
     if issubclass(cls, Attack) and not getattr(cls, "norms", None):
         return f"{cls.__name__} names no norms; expected norms = frozenset({{'linf'}}) or more"
+    if issubclass(cls, Attack) and not cls.norms <= set(get_args(Norm)):
+        return f"{cls.__name__}.norms is {set(cls.norms)}; expected {', '.join(get_args(Norm))}"
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -52,30 +53,67 @@ def join(records: Sequence[AnyRecord]) -> Results:
     """
     steps = [r for r in records if not isinstance(r, EnvironmentRecord)]
     done = _tell_apart([r for r in steps if r.status == "done"])
-    distills = _newest(r for r in done if isinstance(r, DistillRecord))
-    trains = _newest(r for r in done if isinstance(r, TrainRecord) and r.distill in distills)
+    built_on = Counter(r.distill for r in done if isinstance(r, TrainRecord))
+    built_on.update(r.train for r in done if isinstance(r, AttackRecord))
+    distills = _newest((r for r in done if isinstance(r, DistillRecord)), built_on)
+    of_these = (r for r in done if isinstance(r, TrainRecord) and r.distill in distills)
+    trains = _newest(of_these, built_on)
     cells = {address: Cell(distills[r.distill], r) for address, r in trains.items()}
-    attacks = _newest(r for r in done if isinstance(r, AttackRecord) and r.train in cells)
+    on_these = (r for r in done if isinstance(r, AttackRecord) and r.train in cells)
+    attacks = _newest(on_these, built_on)
     for record in attacks.values():
         cells[record.train].attacks.append(record)
     return Results(
         cells=list(cells.values()),
         distills=list(distills.values()),
-        not_done=[r for r in steps if r.status != "done"],
+        not_done=_still_open(steps, distills, trains),
         environments={r.address: r.facts for r in records if isinstance(r, EnvironmentRecord)},
     )
 
 
-def _newest(records: Iterable[StepT]) -> dict[str, StepT]:
-    """Return by address one record of each thing: that with most seeds, and of those the newest."""
-    best: dict[str, StepT] = {}
-    for record in sorted(records, key=lambda r: (_seeds(r), r.created, r.address)):
-        best[_thing(record)] = record
-    return {record.address: record for record in best.values()}
+def _newest(records: Iterable[StepT], built_on: Counter[str]) -> dict[str, StepT]:
+    """Return by address one record of each thing.
+
+    Of those made by the newest code: the one that most was built on, with most seeds, the newest.
+    """
+    same: dict[str, list[StepT]] = {}
+    for record in records:
+        same.setdefault(_thing(record), []).append(record)
+    best = []
+    for rivals in same.values():
+        newest = max(rivals, key=lambda r: (r.created, r.address))
+        of_that_code = [r for r in rivals if _code(r) == _code(newest)]
+        best.append(
+            max(of_that_code, key=lambda r: (built_on[r.address], _seeds(r), r.created, r.address))
+        )
+    return {record.address: record for record in best}
+
+
+def _still_open(
+    steps: Sequence[StepRecord], distills: dict[str, DistillRecord], trains: dict[str, TrainRecord]
+) -> list[StepRecord]:
+    """Return failed and skipped steps, less those that a newer attempt has overtaken."""
+    done = {_thing(distill) for distill in distills.values()}
+    done |= {_thing(train) for train in trains.values()}
+    still_open: list[StepRecord] = []
+    record: StepRecord
+    for record in steps:
+        parent = record.distill if isinstance(record, TrainRecord) else None
+        parent = record.train if isinstance(record, AttackRecord) else parent
+        overtaken = parent is not None and parent not in distills and parent not in trains
+        if record.status != "done" and not overtaken and _thing(record) not in done:
+            still_open.append(record)
+    return still_open
 
 
 def _seeds(record: StepRecord) -> int:
     return 1 if isinstance(record, DistillRecord) else len(record.seeds)
+
+
+def _code(record: StepRecord) -> list[str]:
+    """Return what changes when somebody edits the code that a record was made with."""
+    components = [record.architecture, *_components(record).values()]
+    return sorted({c.source_sha256 + c.version for c in components})
 
 
 def _thing(record: StepRecord) -> str:

@@ -70,6 +70,7 @@ def attack_models(
     judgement = Judgement()
     for model, seed in zip(models, seeds, strict=True):
         before = audit.state_hash(model)
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         clean = clean_outcomes(model, test, run.batch_size)
         images, labels = test.images[clean], test.labels[clean]
         robust = clean.clone()
@@ -77,11 +78,13 @@ def attack_models(
             _note(judgement, audit.check_input_range(images))
             _note(judgement, audit.check_deterministic(model, images[: run.batch_size]))
             _note(judgement, _null_control(model, images, labels, attack, threat, run, who))
+            _note(judgement, audit.check_state(model, before))
+            _restore(model, state)
             counting = judgement.passes.counting(model)
             with counting, seeded(_seed(attack, threat, seed)), run.phase(PERTURB):
                 candidates = attack.perturb(model, images.clone(), labels.clone(), threat, run)
             _note(judgement, audit.check_state(model, before))
-            model.eval()  # whatever the attack left: the verdict is made in eval mode
+            _restore(model, state)
             candidates = check_candidates(candidates, images, who)
             _note(judgement, audit.check_budget(candidates, images, threat))
             candidates = project(candidates, images, threat)
@@ -91,6 +94,12 @@ def attack_models(
             if message not in judgement.messages:
                 judgement.messages.append(message)
     return judgement
+
+
+def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Undo whatever an attack did to a network, so that the verdict is about the one trained."""
+    model.load_state_dict(state)
+    model.eval().requires_grad_(requires_grad=False)
 
 
 def _null_control(

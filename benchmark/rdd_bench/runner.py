@@ -70,6 +70,7 @@ def run(
     datasets: Sequence[str] | None = None,
     ipc: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
+    distill_seeds: Sequence[int] | None = None,
     tracks: Sequence[str] | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
@@ -99,6 +100,7 @@ def run(
         datasets=datasets,
         ipc=ipc,
         seeds=seeds,
+        distill_seeds=distill_seeds,
         tracks=tracks,
         options={label: dict(values) for label, values in (options or {}).items()},
     )
@@ -135,10 +137,12 @@ def run_plan(plan: Plan, settings: Settings, registry: Registry, watcher: Watche
     finished = set() if settings.fresh else {s.address for s in plan.steps if _done(store, s)}
     open_steps = [step for step in plan.steps if step.address not in finished]
     watcher.reused(len(finished))
-    dropped = 0
+    dropped, unstored = 0, list[StepRecord]()
     if open_steps:
-        dropped = _carry_out(plan, open_steps, finished, settings, registry, watcher, store)
-    return _summarise(plan, store, finished, dropped)
+        dropped, unstored = _carry_out(
+            plan, open_steps, finished, settings, registry, watcher, store
+        )
+    return _summarise(plan, store, finished, dropped, unstored)
 
 
 def _carry_out(
@@ -149,7 +153,8 @@ def _carry_out(
     registry: Registry,
     watcher: Watcher,
     store: Store,
-) -> int:
+) -> tuple[int, list[StepRecord]]:
+    """Return how many steps were dropped, and failures that a finished result kept out."""
     # Only now: a run with nothing to do answers without torch.
     from rdd_bench.executors import Agenda, run_steps
     from rdd_bench.steps import Place, environment_record
@@ -170,11 +175,16 @@ def _carry_out(
 
     store.write_record(environment_record(torch.device(device), place.threads))
     agenda = Agenda(open_steps, set(finished))
+    unstored: list[StepRecord] = []
     for _, result in run_steps(agenda, place, workers, watcher, registry):
         for path, data in result.files.items():
             store.write_file(path, data)
-        store.write_record(result.record)
-    return len(agenda.dropped)
+        # With --fresh a step may fail that was finished before: what is finished is not lost.
+        if result.record.status != "done" and store.is_done(result.record.address):
+            unstored.append(result.record)
+        else:
+            store.write_record(result.record)
+    return len(agenda.dropped), unstored
 
 
 def _done(store: Store, step: Step) -> bool:
@@ -185,10 +195,12 @@ def _done(store: Store, step: Step) -> bool:
     return store.is_done(step.address)
 
 
-def _summarise(plan: Plan, store: Store, finished: set[str], dropped: int) -> Summary:
+def _summarise(
+    plan: Plan, store: Store, finished: set[str], dropped: int, unstored: list[StepRecord]
+) -> Summary:
     records: dict[str, AnyRecord] = {}
-    failed: list[StepRecord] = []
-    skipped: list[StepRecord] = []
+    failed = [record for record in unstored if record.status == "failed"]
+    skipped = [record for record in unstored if record.status == "skipped"]
     for step in plan.steps:
         record = store.record(step.address)
         if record is None or record.kind == "environment":

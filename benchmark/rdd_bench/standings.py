@@ -104,6 +104,32 @@ class Table:
                     found[record.attack.label] = len(record.stronger_than)
         return sorted(found, key=lambda label: (found[label], label))
 
+    def ranking_attacks(self, threat: Threat) -> list[str]:
+        """Return the attacks whose worst case ranks the table.
+
+        Those that the protocol names, and every other one that all rows with these have: an
+        attack that was tried on some rows is a column, and takes no row out of the ranking.
+        """
+        standard = {
+            record.attack.label
+            for cell in self.all_cells()
+            for record in cell.attacks
+            if record.standard and (record.norm, record.eps) == threat
+        }
+        attacks = self.attacks(threat)
+        named = [label for label in attacks if label in standard]
+        rows = [
+            row
+            for row in self.all_rows()
+            if row.has(self.architectures, named, threat)
+            and any((a.norm, a.eps) == threat for c in row.all_cells() for a in c.attacks)
+        ]
+        return [
+            label
+            for label in attacks
+            if label in standard or all(r.has(self.architectures, [label], threat) for r in rows)
+        ]
+
     def all_rows(self) -> list[Row]:
         return [*self.rows, *self.references]
 
@@ -112,7 +138,9 @@ class Table:
 
     def standings(self, threat: Threat) -> list[Standing]:
         """Return the rows that have every result, best worst case first, references after them."""
-        attacks = self.attacks(threat)
+        attacks = self.ranking_attacks(threat)
+        if not attacks:
+            return []
         complete = [r for r in self.all_rows() if r.has(self.architectures, attacks, threat)]
         control = next((r for r in complete if is_control(r)), None)
         standings = [self._standing(row, attacks, threat, control) for row in complete]
@@ -126,7 +154,10 @@ class Table:
         return [*ranked, *(s for s in standings if s.row.role == "reference")]
 
     def incomplete(self, threat: Threat) -> list[Row]:
-        attacks = self.attacks(threat)
+        """Return the rows that lack a result which the ranking needs."""
+        attacks = self.ranking_attacks(threat)
+        if not attacks:
+            return self.all_rows()
         return [r for r in self.all_rows() if not r.has(self.architectures, attacks, threat)]
 
     def _standing(
@@ -144,7 +175,11 @@ class Table:
         return Standing(
             row=row,
             clean=accuracy(np.mean([row.clean(name) for name in self.architectures], axis=0)),
-            by_attack={a: accuracy(self._average(row, [a], threat)) for a in attacks},
+            by_attack={
+                label: accuracy(self._average(row, [label], threat))
+                for label in self.attacks(threat)
+                if row.has(self.architectures, [label], threat)
+            },
             worst=accuracy(worst),
             gain=gain,
             rank=None,

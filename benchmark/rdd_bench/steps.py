@@ -29,7 +29,7 @@ from rdd_bench.components import (
     Run,
     Source,
 )
-from rdd_bench.data import load_splits
+from rdd_bench.data import content_hash, load_splits
 from rdd_bench.environment import describe_environment
 from rdd_bench.errors import NotApplicable, RddBenchError
 from rdd_bench.hashing import derive, digest
@@ -98,6 +98,14 @@ def _set_numerics(threads: int, *, matmul_tf32: bool, cudnn_tf32: bool) -> None:
     torch.backends.cudnn.allow_tf32 = cudnn_tf32
 
 
+def _warm_up(device: torch.device) -> None:
+    """Take one optimiser step: the first one of a process imports seconds of torch."""
+    weight = torch.zeros(1, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    weight.sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+
+
 class Worker:
     """Carries out steps in one process, and remembers plugins and data between them."""
 
@@ -107,6 +115,7 @@ class Worker:
         self.device = torch.device(place.device)
         self.store = Store(place.out)
         self.environment = environment_record(self.device, place.threads)
+        _warm_up(self.device)
         self._splits = lru_cache(maxsize=2)(self._load_splits)
 
     def carry_out(self, step: Step, report: Report) -> Result:
@@ -150,12 +159,12 @@ class Worker:
         seed = derive(
             "distill", step.distiller.component.name, splits.spec.name, step.ipc, step.seed
         )
-        before = _fingerprint(task.train)
         try:
             with seeded(seed), meter.total():
                 made = distiller.distill(task, self._run(scratch, report, meter, 0))
         finally:
-            changed = _fingerprint(task.train) != before
+            # Hashed, because writing through NumPy or .data leaves no trace in a tensor.
+            changed = content_hash(task.train) != splits.spec.train_sha256
             if changed:
                 # The steps that follow need the data as they were.
                 self._splits.cache_clear()
@@ -193,11 +202,12 @@ class Worker:
 
     def _train(self, step: TrainStep, report: Report) -> Result:
         splits = self._splits_of(step.distill)
+        self._same_data(step.distill.address, splits.spec.train_sha256)
         path = set_path(step.distill.address)
         distilled = artifacts.set_from_bytes(self.store.read_file(path), str(path))
         recipe = step.recipe or distilled.recipe
         if recipe is None:
-            raise NotApplicable("the distilled set has no recipe of its own")
+            raise NotApplicable(f"{step}: the distilled set has no recipe of its own")
         if step.track == "natural":
             distilled = dataclasses.replace(distilled, labels=distilled.hard_labels)
         architecture = self._component(step.architecture, Architecture)
@@ -206,15 +216,18 @@ class Worker:
             check_network(architecture.build(splits.spec), splits.spec, who)
         meter = Meter(self.device)
         with meter.total():
-            trained = fit(
-                distilled,
-                recipe,
-                architecture,
-                splits.spec,
-                step.seeds,
-                device=self.device,
-                report=report,
-            )
+            try:
+                trained = fit(
+                    distilled,
+                    recipe,
+                    architecture,
+                    splits.spec,
+                    step.seeds,
+                    device=self.device,
+                    report=report,
+                )
+            except RddBenchError as error:
+                raise RddBenchError(f"{step}: {error}") from None
         test = self._on_device(splits.test)
         outcomes = [robustness.clean_outcomes(m, test, step.batch_size) for m in trained.models]
         record = TrainRecord(
@@ -237,6 +250,7 @@ class Worker:
         architecture = self._component(train.architecture, Architecture)
         attack = self._component(step.attack, Attack)
         fresh = [new_classifier(architecture, splits.spec, seed) for seed in train.seeds]
+        self._same_data(train.address, splits.spec.test_sha256)
         path = networks_path(train.address)
         models = artifacts.networks_from_bytes(self.store.read_file(path), fresh, str(path))
         models = [model.to(self.device) for model in models]
@@ -271,6 +285,20 @@ class Worker:
 
     def _splits_of(self, step: DistillStep) -> Splits:
         return self._splits(step.dataset.offer_name, *_frozen(step.dataset), step.subset)
+
+    def _same_data(self, address: str, sha256: str) -> None:
+        """Refuse to build on a result that was made from other images.
+
+        A data set is known by its plugin and options, so changed files keep the address.
+        """
+        record = self.store.record(address)
+        made_from = record.train_sha256 if isinstance(record, DistillRecord) else None
+        made_from = record.test_sha256 if isinstance(record, TrainRecord) else made_from
+        if made_from is not None and made_from != sha256:
+            raise RddBenchError(
+                f"the images of the data set are not those that {self.place.out} was made from "
+                f"({made_from[:12]} then, {sha256[:12]} now); use another --out, or --fresh"
+            )
 
     def _load_splits(self, name: str, options: str, label: str, subset: tuple[int, int]) -> Splits:
         dataset = self.registry.build("dataset", name, json.loads(options))
@@ -309,21 +337,39 @@ class Worker:
         return self.registry.find(choice.kind, choice.offer_name).who
 
     def _head(self, step: Step) -> dict[str, Any]:
-        return {
-            "address": step.address,
-            "protocol": self.place.protocol_name,
-            "protocol_sha256": self.place.protocol_sha256,
-            "environment": self.environment.address,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        return _head(step, self.place, self.environment)
 
     def _failure(self, step: Step, status: str, error: str) -> StepRecord:
-        head = {**self._head(step), "status": status, "error": error}
-        if isinstance(step, DistillStep):
-            return DistillRecord(**head, **_distill_facts(step))
-        if isinstance(step, TrainStep):
-            return TrainRecord(**head, **_train_facts(step))
-        return AttackRecord(**head, **_attack_facts(step))
+        return _failure(step, self._head(step), status, error)
+
+
+def lost(step: Step, place: Place) -> Result:
+    """Return the result of a step whose process died."""
+    error = (
+        f"a worker process died during '{step}' or a step beside it, perhaps for lack of memory; "
+        "run the same command again to retry, with fewer --workers if it dies again"
+    )
+    environment = environment_record(torch.device(place.device), place.threads)
+    return Result(_failure(step, _head(step, place, environment), "failed", error))
+
+
+def _head(step: Step, place: Place, environment: EnvironmentRecord) -> dict[str, Any]:
+    return {
+        "address": step.address,
+        "protocol": place.protocol_name,
+        "protocol_sha256": place.protocol_sha256,
+        "environment": environment.address,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _failure(step: Step, head: dict[str, Any], status: str, error: str) -> StepRecord:
+    head = {**head, "status": status, "error": error}
+    if isinstance(step, DistillStep):
+        return DistillRecord(**head, **_distill_facts(step))
+    if isinstance(step, TrainStep):
+        return TrainRecord(**head, **_train_facts(step))
+    return AttackRecord(**head, **_attack_facts(step))
 
 
 def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
@@ -348,11 +394,6 @@ def _counted(architecture: Architecture[Any], passes: PassCounter) -> Architectu
 
 def _frozen(choice: Choice) -> tuple[str, str]:
     return json.dumps(choice.component.options, sort_keys=True), choice.component.label
-
-
-def _fingerprint(part: LabelledImages) -> tuple[int, int]:
-    """Return what changes when somebody writes into the tensors: their version counters."""
-    return part.images._version, part.labels._version
 
 
 def _distill_facts(step: DistillStep) -> dict[str, Any]:
@@ -384,6 +425,7 @@ def _attack_facts(step: AttackStep) -> dict[str, Any]:
         "norm": step.threat.norm,
         "eps": step.threat.eps,
         "ranked": step.ranked,
+        "standard": step.standard,
     }
 
 

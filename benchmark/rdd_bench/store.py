@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -185,5 +186,7 @@ def load_results(path: str | Path) -> pd.DataFrame:
     """
     from rdd_bench.results import results_frame
 
-    records, _ = read_records([Path(path)])
+    records, problems = read_records([Path(path)])
+    for problem in problems:
+        warnings.warn(f"ignored: {problem}", stacklevel=2)
     return results_frame(records)
