@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import pytest
 
 # The training sleeps while this variable is set; variables are no part of an address.
 SLOW = """\
@@ -17,6 +19,14 @@ return good_network(spec)
 
 
 SENTENCE = "Interrupted. Finished steps are kept; run the same command again to go on."
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Undo what a shell does to commands in the background: they ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
