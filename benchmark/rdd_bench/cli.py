@@ -171,7 +171,7 @@ def run(**given: Any) -> None:  # fmt: skip
     )
     plan = make_plan(protocol, selection, registry)
     if given["dry_run"]:
-        _show_plan(plan)
+        _show_plan(plan, given["out"])
         return
     _run_and_report(plan, given, registry)
 
@@ -270,8 +270,11 @@ def plugins() -> None:
 @click.argument("distribution")
 def check(distribution: str) -> None:
     """Test everything an installed distribution offers against the plugin contract."""
+    from packaging.utils import canonicalize_name
+
     from rdd_bench.testing import checks_of
 
+    distribution = canonicalize_name(distribution)
     passed = failed = 0
     for item in checks_of(distribution):
         try:
@@ -443,15 +446,20 @@ def _show_protocol(protocol: Any) -> None:
         click.echo(f"{name}: {json.dumps(value)}")
 
 
-def _show_plan(plan: Any) -> None:
+def _show_plan(plan: Any, out: Path | None) -> None:
     from rdd_bench.plan import AttackStep, DistillStep, TrainStep
+    from rdd_bench.runner import default_out, is_finished
+    from rdd_bench.store import Store
 
     for step in plan.steps:
         indent = {DistillStep: "", TrainStep: "  ", AttackStep: "    "}[type(step)]
         click.echo(f"{indent}{step}")
+    store = Store(out or default_out(plan.protocol.name))
+    finished = sum(is_finished(store, step) for step in plan.steps)
     counts = [len(plan.of(kind)) for kind in (DistillStep, TrainStep, AttackStep)]
     click.echo(
-        f"{counts[0]} distillations, {counts[1]} trainings, {counts[2]} attacks; nothing was run."
+        f"{counts[0]} distillations, {counts[1]} trainings, {counts[2]} attacks; "
+        f"{finished} of these are finished in {store.root}. Nothing was run."
     )
 
 

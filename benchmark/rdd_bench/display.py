@@ -67,14 +67,15 @@ class Display:
             described = f"  {self.names[address]}: {what}"
             self.progress.update(bar, completed=done, total=total, description=described)
 
-    def finished(self, step: Step) -> None:
+    def finished(self, step: Step, status: str) -> None:
         self.count += 1
         seconds = time.monotonic() - self.began.pop(step.address)
         self.progress.remove_task(self.bars.pop(step.address))
         self.progress.update(self.whole, completed=self.count)
+        outcome = "" if status == "done" else f"{status} after "
         if not self.console.is_terminal:
             self.console.print(
-                f"[{self.count}/{self.total}] {step}, {seconds:.1f} s",
+                f"[{self.count}/{self.total}] {step}, {outcome}{seconds:.1f} s",
                 markup=False,
                 highlight=False,
                 soft_wrap=True,

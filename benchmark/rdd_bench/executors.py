@@ -32,7 +32,7 @@ class Watcher(Protocol):
     def reused(self, count: int) -> None: ...
     def started(self, step: Step) -> None: ...
     def progress_of(self, address: str, what: str, done: int, total: int) -> None: ...
-    def finished(self, step: Step) -> None: ...
+    def finished(self, step: Step, status: str) -> None: ...
 
 
 @dataclass
@@ -85,7 +85,7 @@ def _in_this_process(
         watcher.started(step)
         throttled = _Throttle(step.address, watcher.progress_of)
         result = worker.carry_out(step, throttled)
-        watcher.finished(step)
+        watcher.finished(step, result.record.status)
         yield step, result
         _settle(agenda, step, result)
 
@@ -174,7 +174,7 @@ def _in_processes(
                 except BrokenProcessPool:
                     # A process that dies takes the pool and the steps beside it with it.
                     result, broken = lost(step, place), True
-                watcher.finished(step)
+                watcher.finished(step, result.record.status)
                 yield step, result
                 _settle(agenda, step, result)
     except BaseException:

@@ -58,7 +58,7 @@ class Silent:
 
     def progress_of(self, address: str, what: str, done: int, total: int) -> None: ...
 
-    def finished(self, step: Step) -> None: ...
+    def finished(self, step: Step, status: str) -> None: ...
 
 
 def run(
@@ -94,14 +94,14 @@ def run(
     registry = load_plugins()
     rules = load_protocol(protocol)
     selection = Selection(
-        distillers=distillers,
-        architectures=architectures,
-        attacks=attacks,
-        datasets=datasets,
+        distillers=_names(distillers),
+        architectures=_names(architectures),
+        attacks=_names(attacks),
+        datasets=_names(datasets),
         ipc=ipc,
         seeds=seeds,
         distill_seeds=distill_seeds,
-        tracks=tracks,
+        tracks=_names(tracks),
         options={label: dict(values) for label, values in (options or {}).items()},
     )
     plan = make_plan(rules, selection, registry)
@@ -121,6 +121,11 @@ def run(
     return results_frame(summary.records)
 
 
+def _names(given: Sequence[str] | None) -> Sequence[str] | None:
+    """Take 'dm,random' as the command line does; a text is a sequence of letters otherwise."""
+    return given.split(",") if isinstance(given, str) else given
+
+
 def default_out(protocol: str) -> Path:
     """Return the run folder of a protocol where none is named."""
     return Path("runs") / protocol
@@ -134,7 +139,7 @@ def run_plan(plan: Plan, settings: Settings, registry: Registry, watcher: Watche
     """
     store = Store(settings.out)
     store.create()
-    finished = set() if settings.fresh else {s.address for s in plan.steps if _done(store, s)}
+    finished = set() if settings.fresh else {s.address for s in plan.steps if is_finished(store, s)}
     open_steps = [step for step in plan.steps if step.address not in finished]
     watcher.reused(len(finished))
     dropped, unstored = 0, list[StepRecord]()
@@ -187,7 +192,8 @@ def _carry_out(
     return len(agenda.dropped), unstored
 
 
-def _done(store: Store, step: Step) -> bool:
+def is_finished(store: Store, step: Step) -> bool:
+    """Whether a step is recorded as done in a run folder, and what it made is there."""
     if isinstance(step, DistillStep):
         return store.is_done(step.address, [set_path(step.address)])
     if isinstance(step, TrainStep):

@@ -57,7 +57,8 @@ def test_a_dry_run_computes_and_writes_nothing(tiny, out):
         "  train convnet on random ipc 1",
         "    fgsm linf 16/255 on convnet of random ipc 1",
         "    pgd linf 16/255 on convnet of random ipc 1",
-        "1 distillations, 1 trainings, 2 attacks; nothing was run.",
+        "1 distillations, 1 trainings, 2 attacks; "
+        f"0 of these are finished in {out}. Nothing was run.",
     ]
     assert not out.exists()
 
