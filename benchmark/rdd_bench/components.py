@@ -168,6 +168,10 @@ class Run:
     """``with run.phase("experts"):`` books the time under that name."""
     report: Callable[[str, int, int], None]
     """``report("matching", done, total)`` moves the progress bar; cheap to call often."""
+    cache: Path | None = None
+    """A folder of the run that is kept, for what several calls can share, such as expert
+    trajectories. Files in it are named by a hash of what decides them and renamed into place.
+    None where nothing is kept."""
     batch_size: int = 500
     """How many images at once where that is only a matter of memory. Part of the protocol,
     because the random draws of attacks depend on it."""

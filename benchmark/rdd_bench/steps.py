@@ -45,7 +45,7 @@ from rdd_bench.records import (
 )
 from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.seeding import seeded
-from rdd_bench.store import Store, error_path, networks_path, set_path
+from rdd_bench.store import ARTEFACTS, Store, error_path, networks_path, set_path
 from rdd_bench.training import fit, new_classifier
 from rdd_bench.types import DatasetSpec, LabelledImages, Splits
 
@@ -323,8 +323,12 @@ class Worker:
         return LabelledImages(part.images.to(self.device), part.labels.to(self.device))
 
     def _run(self, scratch: Path, report: Report, meter: Meter, batch_size: int) -> Run:
-        size = {"batch_size": batch_size} if batch_size else {}
-        return Run(device=self.device, scratch=scratch, phase=meter.phase, report=report, **size)
+        cache = self.place.out / ARTEFACTS
+        cache.mkdir(exist_ok=True)
+        run = Run(
+            device=self.device, scratch=scratch, phase=meter.phase, report=report, cache=cache
+        )
+        return dataclasses.replace(run, batch_size=batch_size) if batch_size else run
 
     def _who(self, step: Step) -> str:
         choice = (

@@ -7,6 +7,7 @@
         sets/<address>.safetensors        distilled sets
         networks/<address>.safetensors    trained networks of every seed
         errors/<address>.txt              tracebacks of failed steps
+        artefacts/                        what distillers share, such as expert trajectories
         leaderboard.md
 
 Files are written under a temporary name and renamed, so a killed run leaves no half of one. Only
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RECORDS, SETS, NETWORKS, ERRORS = "records", "sets", "networks", "errors"
+ARTEFACTS = "artefacts"
 
 
 class Store:
