@@ -16,7 +16,7 @@ import pytest
         (["--architectures", "convnt"], "not the name of an architecture; did you mean 'convnet'?"),
         (["--attacks", "pdg"], "'pdg' is not the name of an attack; did you mean 'pgd'?"),
         (["--datasets", "digit"], "not the name of a dataset; did you mean 'digits'?"),
-        (["--distillers", "zzz"], "'zzz' is not the name of a distiller. Available: dm, "),
+        (["--distillers", "zzz"], "'zzz' is not the name of a distiller. Available: "),
         (["--distillers", "random,"], "has an empty name"),
         (["--distillers", "random:7"], "takes no ':7'; say 'random'"),
         (["--tracks", "nature"], "there is no track 'nature'; the tracks are natural, author"),
