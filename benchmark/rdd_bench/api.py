@@ -17,6 +17,7 @@ from rdd_bench.components import (
 )
 from rdd_bench.errors import NotApplicable, RddBenchError
 from rdd_bench.hookspecs import hookimpl
+from rdd_bench.seeding import seeded
 from rdd_bench.threats import ascend, distance, project, random_start
 from rdd_bench.types import (
     AdversarialTraining,
@@ -62,4 +63,5 @@ __all__ = [
     "hookimpl",
     "project",
     "random_start",
+    "seeded",
 ]

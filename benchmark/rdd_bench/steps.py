@@ -143,7 +143,7 @@ class Worker:
     # Each kind of step -----------------------------------------------------------------------
 
     def _distill(self, step: DistillStep, scratch: Path, report: Report) -> Result:
-        splits = self._splits(step.dataset.offer_name, *_frozen(step.dataset), step.subset)
+        splits = self._splits_of(step)
         distiller = self._component(step.distiller, Distiller)
         who = self._who(step)
         passes = PassCounter()

@@ -17,21 +17,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from rdd_bench.api import Config, DistillTask, RddBenchError, Run, draw_augmentation
+from rdd_bench.api import Config, DistillTask, RddBenchError, Run, draw_augmentation, seeded
 from rdd_bench_builtin.distillers._coreset import DSA, Augmentation
 
 if TYPE_CHECKING:
@@ -101,7 +98,7 @@ def find_or_train_experts(
         for index in run.track(range(options.num_experts), "experts"):
             if store.holds(index):
                 continue
-            with _own_draws(f"{store.key}/{index}", run.device):
+            with seeded(_own_seed(f"{store.key}/{index}")):
                 snapshots = train_expert(task, run, options, objective, smoothing)
             diverged = (~torch.isfinite(snapshots).all(dim=1)).nonzero()
             if len(diverged):
@@ -245,17 +242,6 @@ def _digest(*tensors: Tensor) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def _own_draws(text: str, device: torch.device) -> Iterator[None]:
-    """Let everything random in this context follow from ``text``; then go on as before."""
-    seed = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+def _own_seed(text: str) -> int:
+    """Return a seed that follows from ``text``: found or made, an expert is the same."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
