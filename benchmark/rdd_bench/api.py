@@ -31,7 +31,10 @@ from rdd_bench.types import (
     Recipe,
     Splits,
     Threat,
+    Views,
+    Whitening,
 )
+from rdd_bench.views import render as render_views
 
 __all__ = [
     "AdversarialTraining",
@@ -56,6 +59,8 @@ __all__ = [
     "Source",
     "Splits",
     "Threat",
+    "Views",
+    "Whitening",
     "ascend",
     "distance",
     "draw_augmentation",
@@ -63,5 +68,6 @@ __all__ = [
     "hookimpl",
     "project",
     "random_start",
+    "render_views",
     "seeded",
 ]

@@ -3,41 +3,75 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import nn
 
 from rdd_bench.data import tensors_hash
 from rdd_bench.errors import RddBenchError
-from rdd_bench.networks import Classifier
-from rdd_bench.types import DistilledSet, Recipe
+from rdd_bench.hashing import digest
+from rdd_bench.networks import Classifier, Whiten
+from rdd_bench.types import DistilledSet, Recipe, Views, Whitening
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
 
 FORMAT = "rdd-bench-set-1"
 
 
 def set_hash(distilled: DistilledSet) -> str:
-    """Return the hash that identifies a set: images, labels and its own recipe."""
-    tensors = tensors_hash(distilled.images, distilled.labels)
-    recipe = distilled.recipe.model_dump_json() if distilled.recipe else ""
-    return tensors_hash(torch.frombuffer(bytearray((tensors + recipe).encode()), dtype=torch.uint8))
+    """Return the hash that identifies a set: images, labels, extras and its own recipe."""
+    names = sorted(distilled.tensors)
+    tensors = tensors_hash(*(distilled.tensors[name] for name in names))
+    return digest([names, tensors, _recipe_text(distilled)])
+
+
+def on_cpu(distilled: DistilledSet) -> DistilledSet:
+    """Return the set with every tensor on the CPU and without a graph."""
+    return _assemble(
+        {name: tensor.detach().cpu() for name, tensor in distilled.tensors.items()},
+        distilled.recipe,
+        distilled.notes,
+    )
+
+
+def _assemble(
+    tensors: Mapping[str, Tensor], recipe: Recipe | None, notes: Mapping[str, Any]
+) -> DistilledSet:
+    """Put together what ``DistilledSet.tensors`` took apart."""
+    return DistilledSet(
+        images=tensors["images"],
+        labels=tensors["labels"],
+        recipe=recipe,
+        notes=notes,
+        whitening=_extra(Whitening, "whitening", tensors),
+        weights=tensors.get("weights"),
+        views=_extra(Views, "views", tensors),
+    )
+
+
+def _extra(kind: type[T], name: str, tensors: Mapping[str, Tensor]) -> T | None:
+    parts = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith(f"{name}/")}
+    return kind(**parts) if parts else None
+
+
+def _recipe_text(distilled: DistilledSet) -> str:
+    return distilled.recipe.model_dump_json(exclude_none=True) if distilled.recipe else ""
 
 
 def set_to_bytes(distilled: DistilledSet, card: dict[str, Any]) -> bytes:
     """Return a set as a safetensors file whose header holds recipe, notes and the card."""
     header = {
         "format": FORMAT,
-        "recipe": distilled.recipe.model_dump_json() if distilled.recipe else "",
+        "recipe": _recipe_text(distilled),
         "notes": json.dumps(dict(distilled.notes)),
         "card": json.dumps(card),
     }
-    tensors = {
-        "images": distilled.images.detach().cpu().contiguous(),
-        "labels": distilled.labels.detach().cpu().contiguous(),
-    }
+    tensors = {name: tensor.contiguous() for name, tensor in on_cpu(distilled).tensors.items()}
     return save(tensors, metadata=header)
 
 
@@ -52,26 +86,35 @@ def set_from_bytes(data: bytes, origin: str) -> DistilledSet:
     if header.get("format") != FORMAT or not {"images", "labels"} <= set(tensors):
         raise RddBenchError(f"{origin} is not a distilled set of rdd-bench (format {FORMAT})")
     recipe = Recipe.model_validate_json(header["recipe"]) if header["recipe"] else None
-    return DistilledSet(tensors["images"], tensors["labels"], recipe, json.loads(header["notes"]))
+    try:
+        return _assemble(tensors, recipe, json.loads(header["notes"]))
+    except TypeError as error:
+        raise RddBenchError(f"{origin} is not whole: {error}") from None
 
 
-def networks_to_bytes(models: Sequence[nn.Module]) -> bytes:
-    """Return the states of several networks as one safetensors file."""
-    tensors = {}
+def networks_to_bytes(models: Sequence[Classifier]) -> bytes:
+    """Return the states of several networks with one preprocessing as one safetensors file."""
+    tensors = {f"preprocess/{k}": v for k, v in models[0].preprocess.state_dict().items()}
     for position, model in enumerate(models):
-        for name, tensor in model.state_dict().items():
-            tensors[f"{position}/{name}"] = tensor.detach().cpu().contiguous().clone()
-    return save(tensors)
+        tensors |= {f"{position}/{k}": v for k, v in model.network.state_dict().items()}
+    return save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
 
 
 def networks_from_bytes(data: bytes, fresh: Sequence[Classifier], origin: str) -> list[Classifier]:
-    """Load the stored states into freshly built networks; return them in eval mode, frozen."""
+    """Load the stored states into freshly built networks; return them in eval mode, frozen.
+
+    The preprocessing comes from the file: a network stays with what it was trained on.
+    """
     tensors = _load(data, origin)
+    whitens = "preprocess/matrix" in tensors
+    whitening = _extra(Whitening, "preprocess", tensors) if whitens else None
     for position, model in enumerate(fresh):
+        if whitening is not None:
+            model.preprocess = Whiten(whitening)
         prefix = f"{position}/"
         state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         try:
-            model.load_state_dict(state)
+            model.network.load_state_dict(state)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise RddBenchError(f"{origin} does not fit the architecture: {reason}") from None
@@ -79,7 +122,7 @@ def networks_from_bytes(data: bytes, fresh: Sequence[Classifier], origin: str) -
     return list(fresh)
 
 
-def _load(data: bytes, origin: str) -> dict[str, torch.Tensor]:
+def _load(data: bytes, origin: str) -> dict[str, Tensor]:
     try:
         return load(data)
     except SafetensorError as error:

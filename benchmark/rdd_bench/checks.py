@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rdd_bench.errors import ContractError
 from rdd_bench.hashing import canonical_json
-from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Recipe, Splits
+from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Recipe, Splits, Views
 
 
 def check_splits(splits: Any, who: str) -> Splits:
@@ -60,6 +60,7 @@ def check_distilled_set(
         canonical_json(dict(distilled.notes))
     except (TypeError, ValueError) as error:
         raise ContractError(who, f"notes: {error}", "finite numbers, texts, lists") from None
+    _check_extras(distilled, spec, who)
     labels = distilled.labels
     _check_tensor(labels, "labels", who)
     if labels.ndim == 2:
@@ -75,6 +76,74 @@ def check_distilled_set(
     if ipc is not None and len(distilled) != ipc * spec.num_classes:
         raise ContractError(who, f"{len(distilled)} images", f"{ipc * spec.num_classes}")
     return distilled
+
+
+def _check_extras(distilled: DistilledSet, spec: DatasetSpec, who: str) -> None:
+    """Check whitening, weights and views, and that the recipe uses none that is missing."""
+    for name in (distilled.recipe.uses if distilled.recipe else None) or ():
+        if getattr(distilled, name) is None:
+            raise ContractError(who, f"the recipe uses {name}, which the set lacks", f"{name}")
+    count, pixels = len(distilled), spec.shape[0] * spec.shape[1] * spec.shape[2]
+    if distilled.whitening is not None:
+        _check_floats(distilled.whitening.mean, "whitening.mean", (pixels,), who)
+        _check_floats(distilled.whitening.matrix, "whitening.matrix", (pixels, pixels), who)
+    if distilled.weights is not None:
+        _check_floats(distilled.weights, "weights", (count,), who)
+        low, mean = distilled.weights.min().item(), distilled.weights.mean().item()
+        if low < 0 or abs(mean - 1) > 1e-3:
+            raise ContractError(
+                who, f"weights from {low:.3g} with mean {mean:.3g}", "none negative, mean 1"
+            )
+    if distilled.views is not None:
+        _check_views(distilled.views, count, spec.num_classes, who)
+
+
+def _check_floats(value: Any, what: str, shape: tuple[int, ...], who: str) -> None:
+    _check_tensor(value, what, who)
+    if value.dtype != torch.float32 or tuple(value.shape) != shape:
+        raise ContractError(
+            who, f"{what} is {value.dtype} of shape {tuple(value.shape)}", f"float32 {shape}"
+        )
+    if not torch.isfinite(value).all():
+        raise ContractError(who, f"{what} has NaN or infinite values", "finite values")
+
+
+def _check_views(views: Views, count: int, num_classes: int, who: str) -> None:
+    total = len(views)
+    if not total or total % count:
+        raise ContractError(who, f"{total} views for {count} images", f"a multiple of {count}")
+    expected = {
+        "image": (torch.int64, (total,)),
+        "crop": (torch.float32, (total, 4)),
+        "flip": (torch.bool, (total,)),
+        "partner": (torch.int64, (total,)),
+        "mix_box": (torch.int64, (total, 4)),
+        "mix_weight": (torch.float32, (total,)),
+        "logits": (torch.float16, (total, num_classes)),
+    }
+    for name, (dtype, shape) in expected.items():
+        tensor = getattr(views, name)
+        _check_tensor(tensor, f"views.{name}", who)
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+            raise ContractError(
+                who, f"views.{name} is {tensor.dtype} of {tuple(tensor.shape)}", f"{dtype} {shape}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ContractError(who, f"views.{name} has NaN or infinite values", "finite values")
+    for name, tensor, limit in (
+        ("image", views.image, count),
+        ("partner", views.partner, total),
+    ):
+        if int(tensor.min()) < 0 or int(tensor.max()) >= limit:
+            raise ContractError(
+                who,
+                f"views.{name} spans {int(tensor.min())}..{int(tensor.max())}",
+                f"0..{limit - 1}",
+            )
+    if views.mix_weight.min() < 0 or views.mix_weight.max() > 1 or views.crop[:, 2:].min() <= 0:
+        raise ContractError(
+            who, "views with a mix weight outside [0, 1] or an empty crop", "parts of a picture"
+        )
 
 
 def _check_tensor(value: Any, what: str, who: str) -> None:

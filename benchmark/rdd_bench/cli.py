@@ -99,7 +99,10 @@ def cli(context: click.Context) -> None:
     help="Distillation seeds, such as 0-2: several draws of every method.",
 )
 @click.option(
-    "--tracks", type=NAMES, help="natural (one recipe for all sets), author (each set's own)."
+    "--tracks",
+    type=NAMES,
+    help="natural (one recipe for all sets), author (each set's own), adversarial (one recipe "
+    "with adversarial training).",
 )
 @click.option(
     "--set",

@@ -38,6 +38,7 @@ from rdd_bench.types import (
     Norm,
     Splits,
     Threat,
+    Whitening,
 )
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ class DistillTask:
     """The network to distil with."""
     seed: int
     """Which repetition this is. The host has already seeded the generators with it."""
+    whitening: Whitening | None = None
+    """What ``normalise`` does in place of mean and deviation; for methods that whiten, which set
+    it with ``dataclasses.replace`` and return it with their set."""
 
     def build_network(self, device: torch.device) -> nn.Module:
         """Return a fresh random network on ``device``; it wants normalised images."""
@@ -129,11 +133,15 @@ class DistillTask:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels of [0, 1] as networks want them."""
+        if self.whitening is not None:
+            return self.whitening.apply(pixels)
         mean, std = self._constants(pixels)
         return (pixels - mean) / std
 
     def denormalise(self, images: Tensor) -> Tensor:
         """Return the pixels of normalised images; not clamped."""
+        if self.whitening is not None:
+            return self.whitening.invert(images)
         mean, std = self._constants(images)
         return images * std + mean
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from rdd_bench.types import DatasetSpec
+    from rdd_bench.types import DatasetSpec, Whitening
 
 
 class Normalise(nn.Module):
@@ -33,10 +33,34 @@ class Normalise(nn.Module):
         return normalised * self.std + self.mean
 
 
+class Whiten(nn.Module):
+    """Whiten pixels by a linear transform, instead of normalising them channel by channel."""
+
+    mean: Tensor
+    matrix: Tensor
+
+    def __init__(self, whitening: Whitening) -> None:
+        super().__init__()
+        self._whitening = whitening
+        self.register_buffer("mean", whitening.mean)
+        self.register_buffer("matrix", whitening.matrix)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        flat = (pixels.flatten(1) - self.mean) @ self.matrix
+        return flat.view_as(pixels)
+
+    def inverse(self, whitened: Tensor) -> Tensor:
+        """Return the pixels of whitened images."""
+        return self._whitening.invert(whitened)
+
+
 class Classifier(nn.Module):
     """Pixels of [0, 1] to logits."""
 
-    def __init__(self, preprocess: nn.Module, network: nn.Module) -> None:
+    preprocess: Normalise | Whiten
+    network: nn.Module
+
+    def __init__(self, preprocess: Normalise | Whiten, network: nn.Module) -> None:
         super().__init__()
         self.preprocess = preprocess
         self.network = network

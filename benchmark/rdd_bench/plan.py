@@ -87,7 +87,7 @@ class TrainStep:
     address: str = field(init=False)
 
     def __post_init__(self) -> None:
-        recipe = self.recipe.model_dump(mode="json") if self.recipe else None
+        recipe = self.recipe.model_dump(mode="json", exclude_none=True) if self.recipe else None
         key = [self.distill.address, self.architecture.key(), recipe, self.seeds, self.batch_size]
         object.__setattr__(self, "address", _address("train", key))
 
@@ -188,7 +188,7 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
         steps.setdefault(distill.address, distill)
         reference = distill.role == "reference"
         for track in [REFERENCE_TRACK] if reference else tracks:
-            recipe = protocol.recipe if track == "natural" else None
+            recipe = protocol.recipe_of(track)
             for architecture in architectures:
                 train = TrainStep(distill, architecture, track, recipe, seeds, protocol.batch_size)
                 steps.setdefault(train.address, train)

@@ -15,10 +15,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.hashing import digest
-from rdd_bench.types import Config, Eps, Norm, Recipe, Threat
+from rdd_bench.types import AdversarialTraining, Config, Eps, Norm, Recipe, Threat
 
 DEFAULT = "digits-v1"
-TRACKS = ("natural", "author")
+TRACKS = ("natural", "author", "adversarial")
 
 Options = dict[str, dict[str, Any]]
 
@@ -86,11 +86,14 @@ class Protocol(Config):
     distill_seeds: list[int] = Field(default_factory=lambda: [0])
     """Distillation seeds."""
     tracks: list[str] = Field(default_factory=lambda: ["natural"])
-    """'natural': the recipe below for every set; 'author': each set's own."""
+    """'natural': the recipe below for every set; 'author': each set's own; 'adversarial': the
+    recipe below with adversarial training, for every set."""
     batch_size: int = Field(default=500, ge=1)
     """Images at once when networks are tested and attacked."""
     recipe: Recipe
     """Training of the natural track."""
+    adversarial: AdversarialTraining | None = None
+    """What the adversarial track adds to it."""
     threats: list[ThreatCurve]
     """What the attackers may do."""
     alias: dict[str, str] = Field(default_factory=dict)
@@ -103,7 +106,25 @@ class Protocol(Config):
         for track in self.tracks:
             if track not in TRACKS:
                 raise ValueError(f"unknown track '{track}'; known: {', '.join(TRACKS)}")
+        if "adversarial" in self.tracks and self.adversarial is None:
+            raise ValueError("the track 'adversarial' needs a section [adversarial]")
         return self
+
+    def recipe_of(self, track: str) -> Recipe | None:
+        """Return how a track trains; None for each set's own recipe.
+
+        Raises:
+            RddBenchError: If the protocol does not say.
+        """
+        if track == "natural":
+            return self.recipe
+        if track != "adversarial":
+            return None
+        if self.adversarial is None:
+            raise RddBenchError(
+                f"protocol {self.name} has no section [adversarial], so no track 'adversarial'"
+            )
+        return self.recipe.model_copy(update={"adversarial": self.adversarial})
 
     @property
     def sha256(self) -> str:
@@ -116,7 +137,8 @@ class Protocol(Config):
             "summary", "distillers", "references", "architectures", "attacks", "ranked_only",
             "ipc", "tracks", "alias", "options",
         }  # fmt: skip
-        rules = self.model_dump(mode="json", exclude=open_ended)
+        # Without what is not set, so that a new key changes no protocol that does not use it.
+        rules = self.model_dump(mode="json", exclude=open_ended, exclude_none=True)
         # A check and no rule: every record holds the hash of its test images, and tables with
         # other images are other tables.
         rules["test_sha256"] = {}

@@ -105,7 +105,7 @@ class DistillRecord(_StepRecord):
     set_sha256: str = ""
     images: int = 0
     bytes: int = 0
-    labels: Literal["hard", "soft"] = "hard"
+    labels: Literal["hard", "soft", "views"] = "hard"
     pixel_range: tuple[float, float] | None = None
     out_of_range: float = 0.0
     """Fraction of pixels outside [0, 1]."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -47,7 +47,7 @@ from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.seeding import seeded
 from rdd_bench.store import ARTEFACTS, Store, error_path, networks_path, set_path
 from rdd_bench.training import fit, new_classifier
-from rdd_bench.types import DatasetSpec, LabelledImages, Splits
+from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Splits
 
 Report = Callable[[str, int, int], None]
 
@@ -174,9 +174,7 @@ class Worker:
         distilled = check_distilled_set(made, splits.spec, None if reference else step.ipc, who)
         if reference and distilled.recipe is None:
             raise RddBenchError(f"{who}: a reference without a recipe; expected its own")
-        distilled = dataclasses.replace(
-            distilled, images=distilled.images.detach().cpu(), labels=distilled.labels.cpu()
-        )
+        distilled = artifacts.on_cpu(distilled)
         images = distilled.images
         outside = ((images < 0) | (images > 1)).float().mean().item()
         record = DistillRecord(
@@ -187,7 +185,7 @@ class Worker:
             set_sha256=artifacts.set_hash(distilled),
             images=len(distilled),
             bytes=distilled.num_bytes,
-            labels="hard" if distilled.labels.ndim == 1 else "soft",
+            labels=_kind_of_labels(distilled),
             pixel_range=(images.min().item(), images.max().item()),
             out_of_range=outside,
             own_recipe=distilled.recipe is not None,
@@ -208,7 +206,7 @@ class Worker:
         recipe = step.recipe or distilled.recipe
         if recipe is None:
             raise NotApplicable(f"{step}: the distilled set has no recipe of its own")
-        if step.track == "natural":
+        if step.recipe is not None:
             distilled = dataclasses.replace(distilled, labels=distilled.hard_labels)
         architecture = self._component(step.architecture, Architecture)
         who = self._who(step)
@@ -398,6 +396,12 @@ def _counted(architecture: Architecture[Any], passes: PassCounter) -> Architectu
 
 def _frozen(choice: Choice) -> tuple[str, str]:
     return json.dumps(choice.component.options, sort_keys=True), choice.component.label
+
+
+def _kind_of_labels(distilled: DistilledSet) -> Literal["hard", "soft", "views"]:
+    if distilled.views is not None:
+        return "views"
+    return "hard" if distilled.labels.ndim == 1 else "soft"
 
 
 def _distill_facts(step: DistillStep) -> dict[str, Any]:

@@ -6,10 +6,11 @@ float32 **pixels in [0, 1]**; normalisation is a layer inside the network that i
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from rdd_bench.errors import RddBenchError
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Norm = Literal["linf", "l2"]
+
+Extra = Literal["whitening", "weights", "views"]
+"""What a distilled set may bring along, and a recipe may use."""
 
 AUGMENTATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
 """The operations of differentiable Siamese augmentation (Zhao and Bilen 2021)."""
@@ -125,12 +129,19 @@ class AdversarialTraining(Config):
 
     norm: Norm = "linf"
     """Norm of the perturbation."""
-    eps: Eps = Field(default=8 / 255, gt=0, le=1)
-    """Budget in pixels of [0, 1]."""
+    eps: Eps = Field(default=8 / 255, gt=0)
+    """Budget in pixels of [0, 1]; of the maximum norm at most 1."""
     steps: int = Field(default=7, ge=1)
     """Gradient steps of the inner maximisation."""
     relative_step: float = Field(default=2.5, gt=0)
     """Step size times steps over eps; 2.5 lets every step sequence reach the boundary."""
+    restarts: int = Field(default=1, ge=1)
+    """Random starts; of each image the example with the largest loss is trained on."""
+
+    @model_validator(mode="after")
+    def _eps_is_in_pixels(self) -> AdversarialTraining:
+        Threat(self.norm, self.eps)
+        return self
 
 
 class Recipe(Config):
@@ -159,6 +170,11 @@ class Recipe(Config):
     """Operations of non-Siamese DSA joined by '_', such as 'color_crop_cutout'; '' for none."""
     adversarial: AdversarialTraining | None = None
     """Adversarial training on the set, or none."""
+    uses: tuple[Extra, ...] | None = None
+    """What training takes from the set beside images and labels. A set's own recipe names it; the
+    recipes of protocols do not, so that every set is trained alike there."""
+    temperature: float | None = Field(default=None, gt=0)
+    """Of the distillation from the soft labels of views; None for 1."""
 
     @field_validator("augment")
     @classmethod
@@ -167,6 +183,65 @@ class Recipe(Config):
         if unknown:
             raise ValueError(f"unknown augmentation {unknown}; known: {', '.join(AUGMENTATIONS)}")
         return value
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """A linear transform of flat pixels, in place of the normalisation by mean and deviation.
+
+    An image x in [0, 1], flat, becomes ``(x - mean) @ matrix``. It is a layer inside the network
+    that is evaluated, so an attacker's budget stays one of pixels.
+    """
+
+    mean: Tensor
+    """Float32, (d,) with d = c * h * w."""
+    matrix: Tensor
+    """Float32, (d, d), invertible."""
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """The inverse matrix, (d, d)."""
+        return self.matrix.double().inverse().to(self.matrix)
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Return pixels (n, c, h, w) whitened, in the same shape."""
+        flat = pixels.flatten(1) - self.mean.to(pixels)
+        return (flat @ self.matrix.to(pixels)).view_as(pixels)
+
+    def invert(self, whitened: Tensor) -> Tensor:
+        """Return the pixels of whitened images; not clamped."""
+        flat = whitened.flatten(1) @ self.inverse.to(whitened)
+        return (flat + self.mean.to(whitened)).view_as(whitened)
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Crops, flips and mixes of the images of a set, and what a teacher says about each.
+
+    Stored with the set, so that its soft labels need no teacher (Shen and Xing 2022). There are
+    ``v = epochs * n`` views: training uses n of them an epoch, in their order, and begins anew
+    when they are used up. ``rdd_bench.views.render`` makes the pictures.
+    """
+
+    image: Tensor
+    """Which stored image, int64 (v,)."""
+    crop: Tensor
+    """Top, left, height and width of the part that is shown, in pixels of the stored image,
+    float32 (v, 4); it may reach beyond the image, where there is black."""
+    flip: Tensor
+    """Whether it is mirrored, bool (v,)."""
+    partner: Tensor
+    """Which view is mixed in, int64 (v,); one of the same batch, or the view itself."""
+    mix_box: Tensor
+    """Where, as top, left, height and width in pixels, int64 (v, 4): a part of the view for
+    CutMix, all of it for mixup."""
+    mix_weight: Tensor
+    """Share of the partner inside the box, float32 (v,): 1 for CutMix; 0 for no mix."""
+    logits: Tensor
+    """The teacher's answer to each view, float16 (v, k)."""
+
+    def __len__(self) -> int:
+        return len(self.image)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +260,12 @@ class DistilledSet:
     """How its author trains on it: the ``author`` track. None: only the protocol's recipe."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Figures worth keeping (final loss, chosen indices' hash); JSON values, shown on the card."""
+    whitening: Whitening | None = None
+    """What images go through before the network, for recipes that use 'whitening'."""
+    weights: Tensor | None = None
+    """Weight of each image in the loss, float32 (n,) with mean 1, for recipes that use it."""
+    views: Views | None = None
+    """Views with soft labels, for recipes that use them; without, the labels above serve."""
 
     def __len__(self) -> int:
         return len(self.images)
@@ -195,9 +276,20 @@ class DistilledSet:
         return self.labels if self.labels.ndim == 1 else self.labels.argmax(dim=1)
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is stored of the set, by name; parts of extras as 'views/crop'."""
+        found = {"images": self.images, "labels": self.labels}
+        if self.weights is not None:
+            found["weights"] = self.weights
+        for name, extra in (("whitening", self.whitening), ("views", self.views)):
+            if extra is not None:
+                found |= {f"{name}/{f.name}": getattr(extra, f.name) for f in fields(extra)}
+        return found
+
+    @property
     def num_bytes(self) -> int:
-        """Storage of images and labels as they are, uncompressed."""
-        return sum(t.numel() * t.element_size() for t in (self.images, self.labels))
+        """Storage of images, labels and extras as they are, uncompressed."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
 
 @dataclass(frozen=True, slots=True)

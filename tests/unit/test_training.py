@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +25,8 @@ from rdd_bench.types import (
     Info,
     Norm,
     Recipe,
+    Views,
+    Whitening,
 )
 
 SPEC = DatasetSpec(
@@ -183,14 +187,14 @@ def test_every_optimiser_learns_a_simple_set(optimizer):
 
 def test_every_image_is_seen_once_an_epoch(monkeypatch):
     seen: list[Tensor] = []
-    original = training._batches
+    original = training.Lesson.batches
 
-    def spy(*args: Any) -> Any:
-        batches = original(*args)
+    def spy(lesson: training.Lesson, epoch: int) -> Any:
+        batches = original(lesson, epoch)
         seen.append(torch.cat(list(batches)))
         return batches
 
-    monkeypatch.setattr(training, "_batches", spy)
+    monkeypatch.setattr(training.Lesson, "batches", spy)
     train(toy_set(10), epochs=3)
     assert [s.sort().values.tolist() for s in seen] == [list(range(10))] * 3
     assert not torch.equal(seen[0], seen[1])
@@ -200,7 +204,7 @@ def test_every_image_is_seen_once_an_epoch(monkeypatch):
     ("count", "sizes"), [(9, [4, 5]), (8, [4, 4]), (10, [4, 4, 2]), (1, [1]), (5, [5])]
 )
 def test_a_last_batch_of_one_joins_the_one_before_it(count, sizes):
-    batches = training._batches(count, 4, CPU)
+    batches = training.Lesson(toy_set(count), Recipe(batch_size=4), CPU).batches(0)
     assert [len(b) for b in batches] == sizes
     assert torch.cat(list(batches)).sort().values.tolist() == list(range(count))
 
@@ -252,7 +256,98 @@ def test_soft_labels_are_what_the_network_learns():
     assert model(images)[0].softmax(0).tolist() == pytest.approx([0.7, 0.3], abs=0.01)
 
 
+def test_a_recipe_that_uses_what_the_set_lacks_is_refused():
+    with pytest.raises(RddBenchError, match="the recipe uses weights, but the distilled set has"):
+        train(uses=("weights",))
+
+
+def test_an_image_of_weight_zero_is_as_good_as_absent():
+    data = toy_set(8)
+    weights_of = torch.tensor([2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0])
+    wrong = dataclasses.replace(
+        data, labels=torch.cat([data.labels[:4], 1 - data.labels[4:]]), weights=weights_of
+    )
+    right = dataclasses.replace(data, weights=weights_of)
+    one, other = (train(s, batch_size=8, uses=("weights",)).models[0] for s in (wrong, right))
+    assert torch.equal(weights(one), weights(other))
+    # A recipe that does not ask for them trains on every image alike.
+    plain, ignored = train(data).models[0], train(right).models[0]
+    assert torch.equal(weights(plain), weights(ignored))
+
+
+def test_whitening_is_a_layer_of_the_network_that_is_evaluated():
+    mean, matrix = torch.rand(16), torch.eye(16) + 0.1 * torch.rand(16, 16)
+    data = dataclasses.replace(toy_set(), whitening=Whitening(mean, matrix))
+    model = train(data, uses=("whitening",)).models[0]
+    expected = model.network(((data.images.flatten(1) - mean) @ matrix).view_as(data.images))
+    assert torch.allclose(model(data.images), expected, atol=1e-6)
+    assert torch.allclose(
+        model.preprocess.inverse(model.preprocess(data.images)), data.images, atol=1e-5
+    )
+    # The protocol's recipe does not ask for it, so there it is mean and deviation for all.
+    assert torch.equal(weights(train(data).models[0]), weights(train(toy_set()).models[0]))
+
+
+def plain_views(data: DistilledSet, epochs: int, logits: Tensor) -> Views:
+    """Return views that show the images as they are."""
+    count = len(data) * epochs
+    height, width = data.images.shape[2:]
+    return Views(
+        image=torch.arange(len(data)).repeat(epochs),
+        crop=torch.tensor([0.0, 0.0, height, width]).repeat(count, 1),
+        flip=torch.zeros(count, dtype=torch.bool),
+        partner=torch.arange(count),
+        mix_box=torch.tensor([0, 0, height, width]).repeat(count, 1),
+        mix_weight=torch.zeros(count),
+        logits=logits.half(),
+    )
+
+
+def test_views_are_learned_in_their_order_and_begin_anew_when_used_up():
+    data = toy_set(6)
+    views = plain_views(data, 2, torch.zeros(12, 2))
+    lesson = training.Lesson(
+        dataclasses.replace(data, views=views), Recipe(batch_size=4, uses=("views",)), CPU
+    )
+    epochs = [torch.cat(list(lesson.batches(epoch))).tolist() for epoch in range(3)]
+    assert epochs == [list(range(6)), list(range(6, 12)), list(range(6))]
+
+
+def test_a_student_of_views_comes_to_the_answers_of_the_teacher():
+    images = torch.full((8, 1, 4, 4), 0.5)
+    data = DistilledSet(images, torch.arange(8) % 2)
+    data = dataclasses.replace(
+        data, views=plain_views(data, 1, torch.tensor([1.0, -1.0]).repeat(8, 1))
+    )
+    for temperature in (None, 4.0):
+        recipe: dict[str, Any] = {"epochs": 300, "lr": 0.1, "schedule": "cosine"}
+        model = train(
+            data, uses=("views",), temperature=temperature, weight_decay=0.0, **recipe
+        ).models[0]
+        gap = model(images)[0] @ torch.tensor([1.0, -1.0])
+        assert gap.item() == pytest.approx(2.0, abs=0.05)
+
+
+def test_the_loss_of_views_is_the_divergence_of_softened_answers():
+    data = toy_set(4)
+    teacher, student = torch.randn(4, 2).half(), torch.randn(4, 2)
+    lesson = training.Lesson(
+        dataclasses.replace(data, views=plain_views(data, 1, teacher)),
+        Recipe(uses=("views",), temperature=3.0),
+        CPU,
+    )
+    expected = nn.functional.kl_div(
+        (student / 3).log_softmax(1), (teacher.float() / 3).softmax(1), reduction="none"
+    ).sum(1)
+    assert torch.allclose(lesson.loss(student, torch.arange(4)), expected, atol=1e-6)
+
+
 # Adversarial training -------------------------------------------------------------------------
+
+
+def loss_with(labels: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the loss of each image as a function of the logits."""
+    return lambda logits: nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 @pytest.fixture
@@ -266,7 +361,7 @@ def test_adversarial_examples_stay_within_the_budget_and_raise_the_loss(trained,
     data = toy_set(40, seed=3)
     options = AdversarialTraining(norm=norm, eps=eps, steps=5)
     inputs = trained.preprocess(data.images)
-    attacked = training._adversarial(trained, inputs, data.labels, options)
+    attacked = training._adversarial(trained, inputs, loss_with(data.labels), options)
     pixels = trained.preprocess.inverse(attacked)
     assert distance(pixels, data.images, norm).max().item() <= eps + TOLERANCE
     assert pixels.min() >= -TOLERANCE
@@ -277,13 +372,26 @@ def test_adversarial_examples_stay_within_the_budget_and_raise_the_loss(trained,
     assert trained.training
 
 
+def test_of_several_restarts_every_image_keeps_the_worst(trained):
+    data = toy_set(40, seed=3)
+    inputs = trained.preprocess(data.images)
+    losses = []
+    for restarts in (1, 6):
+        torch.manual_seed(0)
+        options = AdversarialTraining(eps=0.2, steps=1, relative_step=0.5, restarts=restarts)
+        attacked = training._adversarial(trained, inputs, loss_with(data.labels), options)
+        losses.append(loss_with(data.labels)(trained.eval().network(attacked)))
+    assert bool((losses[1] >= losses[0] - 1e-6).all())
+    assert losses[1].sum() > losses[0].sum()
+
+
 def test_the_inner_attack_sees_images_in_the_box_and_the_network_in_eval_mode(trained):
     """As the attacker at test time will."""
     seen: list[bool] = []
     trained.register_forward_pre_hook(lambda module, _: seen.append(module.training))
     outside = trained.preprocess(toy_set().images * 3 - 1)
     options = AdversarialTraining(eps=0.1, steps=3)
-    attacked = training._adversarial(trained, outside, toy_set().labels, options)
+    attacked = training._adversarial(trained, outside, loss_with(toy_set().labels), options)
     pixels = trained.preprocess.inverse(attacked)
     assert pixels.min() >= -TOLERANCE
     assert pixels.max() <= 1 + TOLERANCE
@@ -295,7 +403,7 @@ def test_buffers_move_by_training_and_not_by_the_inner_attack():
     before = copy.deepcopy(dict(model.named_buffers()))
     data = toy_set()
     inputs = model.preprocess(data.images)
-    training._adversarial(model, inputs, data.labels, AdversarialTraining(eps=0.1))
+    training._adversarial(model, inputs, loss_with(data.labels), AdversarialTraining(eps=0.1))
     assert all(torch.equal(before[name], b) for name, b in model.named_buffers())
     assert all(p.grad is None for p in model.parameters())
 
@@ -306,7 +414,9 @@ def test_adversarial_training_makes_networks_robust():
     robust = []
     for options in (None, attack):
         model = train(toy_set(40), epochs=40, lr=0.05, adversarial=options).models[0]
-        attacked = training._adversarial(model, model.preprocess(data.images), data.labels, attack)
+        attacked = training._adversarial(
+            model, model.preprocess(data.images), loss_with(data.labels), attack
+        )
         losses = nn.functional.cross_entropy(model.eval().network(attacked), data.labels)
         robust.append(losses.item())
     assert robust[1] < robust[0]
