@@ -15,7 +15,7 @@ from rdd_bench.components import (
     Source,
     embedding_of,
 )
-from rdd_bench.errors import NotApplicable, RddBenchError
+from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
 from rdd_bench.hookspecs import hookimpl
 from rdd_bench.seeding import seeded
 from rdd_bench.threats import ascend, distance, project, random_start
@@ -47,6 +47,7 @@ __all__ = [
     "DistillTask",
     "DistilledSet",
     "Distiller",
+    "Diverged",
     "Eps",
     "Info",
     "LabelledImages",

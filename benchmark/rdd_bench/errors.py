@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rdd_bench.types import DistilledSet
 
 
 class RddBenchError(Exception):
@@ -34,6 +38,17 @@ class ContractError(RddBenchError):
 
     def __init__(self, who: str, found: str, expected: str) -> None:
         super().__init__(f"{who}: {found}; expected {expected}")
+
+
+class Diverged(RddBenchError):  # noqa: N818 - what happened, in one word
+    """Raised by a distiller whose numbers run away, with the last set that was good.
+
+    The step fails, and the host keeps that set in a file beside the sets of the run.
+    """
+
+    def __init__(self, sentence: str, last_good: DistilledSet) -> None:
+        super().__init__(sentence)
+        self.last_good = last_good
 
 
 class NotApplicable(RddBenchError):  # noqa: N818 - a reason, not a fault

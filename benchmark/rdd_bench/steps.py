@@ -31,7 +31,7 @@ from rdd_bench.components import (
 )
 from rdd_bench.data import content_hash, load_splits
 from rdd_bench.environment import describe_environment
-from rdd_bench.errors import NotApplicable, RddBenchError
+from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
 from rdd_bench.hashing import derive, digest
 from rdd_bench.measure import Meter, PassCounter
 from rdd_bench.outcomes import pack
@@ -45,7 +45,14 @@ from rdd_bench.records import (
 )
 from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.seeding import seeded
-from rdd_bench.store import ARTEFACTS, Store, error_path, networks_path, set_path
+from rdd_bench.store import (
+    ARTEFACTS,
+    Store,
+    error_path,
+    last_good_path,
+    networks_path,
+    set_path,
+)
 from rdd_bench.training import fit, new_classifier
 from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Splits
 
@@ -136,9 +143,13 @@ class Worker:
             sentence = str(error)
             if not isinstance(error, RddBenchError):
                 sentence = f"{self._who(step)} raised {type(error).__name__}: {error}"
-            trace = traceback.format_exc().encode()
+            files = {error_path(step.address): traceback.format_exc().encode()}
+            if isinstance(error, Diverged):
+                path = last_good_path(step.address)
+                files[path] = artifacts.set_to_bytes(error.last_good, card={"error": sentence})
+                sentence = f"{sentence}. The last good set is kept in {path}"
             record = self._failure(step, "failed", " ".join(sentence.split()))
-            return Result(record, {error_path(step.address): trace})
+            return Result(record, files)
 
     # Each kind of step -----------------------------------------------------------------------
 

@@ -120,6 +120,11 @@ def set_path(address: str) -> Path:
     return Path(SETS) / f"{address}.safetensors"
 
 
+def last_good_path(address: str) -> Path:
+    """Where the last good set of a distillation that diverged lies in its run folder."""
+    return Path(SETS) / f"{address}.last-good.safetensors"
+
+
 def networks_path(address: str) -> Path:
     """Where the networks of a training lie in their run folder."""
     return Path(NETWORKS) / f"{address}.safetensors"

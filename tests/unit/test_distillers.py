@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rdd_bench.augment import Transform, draw
 from rdd_bench.checks import check_distilled_set
 from rdd_bench.components import Architecture, DistillTask, NoOptions, Run
-from rdd_bench.errors import NotApplicable, RddBenchError
+from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
 from rdd_bench.seeding import seeded
 from rdd_bench.types import AdversarialTraining, DatasetSpec, Info, LabelledImages, Recipe
 from rdd_bench_builtin.distillers import dm as dm_module
@@ -447,8 +447,10 @@ def test_dm_stops_at_the_first_loss_that_is_no_number(digits, run, monkeypatch):
         return torch.tensor(loss), torch.zeros_like(synthetic)
 
     monkeypatch.setattr(dm_module, "match", breaks)
-    with pytest.raises(RddBenchError, match="dm: the loss of iteration 137 is nan"):
-        DM(DMConfig(iterations=150, batch_real=1)).distill(make_task(digits, 1), run)
+    task = make_task(digits, 1)
+    with pytest.raises(Diverged, match="dm: the loss of iteration 137 is nan") as error:
+        DM(DMConfig(iterations=150, batch_real=1)).distill(task, run)
+    check_distilled_set(error.value.last_good, task.spec, 1, "kept")
 
 
 def test_dm_moves_the_features_of_noise_towards_the_real_ones(digits, run):

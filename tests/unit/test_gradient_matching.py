@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rdd_bench.augment import Transform, draw
 from rdd_bench.checks import check_distilled_set
 from rdd_bench.components import Architecture, Distiller, DistillTask, NoOptions, Run
-from rdd_bench.errors import RddBenchError
+from rdd_bench.errors import Diverged, RddBenchError
 from rdd_bench.seeding import seeded
 from rdd_bench.types import DatasetSpec, Info, LabelledImages, Recipe
 from rdd_bench_builtin.distillers import _gradient_matching as module
@@ -521,13 +521,15 @@ def test_a_loss_that_is_no_number_stops_with_its_place(digits, run, monkeypatch,
         ),
     )  # fmt: skip
     place = f"iteration {(step + 1) // 2}, step {2 - step % 2} is {value}"
-    with pytest.raises(RddBenchError, match=rf"dc: the matching loss of {place}; .*lower"):
-        DC.configured({"outer": 2, "inner": 1}).distill(make_task(digits, 1), run)
+    task = make_task(digits, 1)
+    with pytest.raises(Diverged, match=rf"dc: the matching loss of {place}; .*lower") as error:
+        DC.configured({"outer": 2, "inner": 1}).distill(task, run)
+    check_distilled_set(error.value.last_good, task.spec, 1, "kept")
 
 
 def test_a_diverging_network_is_reported(digits, run):
     options = {**DC.smoke, "outer": 4, "inner": 30, "lr_net": 1e30}
-    with pytest.raises(RddBenchError, match=r"iteration 1, step \d is nan; .* lr_img or lr_net"):
+    with pytest.raises(Diverged, match=r"iteration 1, step \d is nan; .* lr_img or lr_net"):
         DC.configured(options).distill(make_task(digits, 2), run)
 
 

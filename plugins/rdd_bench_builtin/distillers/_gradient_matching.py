@@ -15,14 +15,26 @@ quotes, adds the classes up and takes one step, and so does this one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
 
-from rdd_bench.api import Config, DistillTask, RddBenchError, Run, draw_augmentation
-from rdd_bench_builtin.distillers._coreset import choose_at_random, members_of_classes
+from rdd_bench.api import (
+    Config,
+    DistilledSet,
+    DistillTask,
+    Diverged,
+    Recipe,
+    Run,
+    draw_augmentation,
+)
+from rdd_bench_builtin.distillers._coreset import (
+    choose_at_random,
+    labels_of_classes,
+    members_of_classes,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,11 +97,13 @@ def condense(
     *,
     init: Literal["real", "noise"],
     augment: str,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Run the algorithm above; return normalised images (k, ipc, c, h, w) and the notes.
+    recipe: Recipe,
+) -> DistilledSet:
+    """Run the algorithm above.
 
     Raises:
-        RddBenchError: If the loss is no number, or a class is too small to begin with.
+        Diverged: If the loss is no number, with the images of the network before.
+        RddBenchError: If a class is too small to begin with.
     """
     classes = members_of_classes(task, who, at_least=task.ipc if init == "real" else 1)
     train = task.train.images.to(run.device)
@@ -104,9 +118,14 @@ def condense(
         pixels = train[torch.cat(batches).to(run.device)]
         return list(torch.split(task.normalise(pixels), [len(batch) for batch in batches]))
 
+    def as_set(images: Tensor, notes: Mapping[str, Any]) -> DistilledSet:
+        pixels = task.denormalise(images.flatten(0, 1)).cpu()
+        return DistilledSet(pixels, labels_of_classes(task), recipe, notes)
+
     means: list[float] = []
     for iteration in run.track(range(options.iterations), "matching"):
         network = task.build_network(run.device)
+        good = images.clone()
         losses: list[Tensor] = []
         for step in range(outer):
             with run.phase("matching"):
@@ -124,12 +143,13 @@ def condense(
                     _train(network, images, options, inner, augment)
         # Reading a loss waits for the device, so it is done once a network.
         values = torch.stack(losses).tolist()
-        _check(values, iteration, who)
+        if problem := _problem(values, iteration):
+            raise Diverged(f"{who}: {problem}", as_set(good, {}))
         means.append(sum(values) / outer)
 
     recent = means[-WINDOW:]
     notes = {"final_loss": sum(recent) / len(recent), "averaged_iterations": len(recent)}
-    return images, {**notes, "outer": outer, "inner": inner}
+    return as_set(images, {**notes, "outer": outer, "inner": inner})
 
 
 def match(
@@ -288,11 +308,12 @@ def _initial_images(task: DistillTask, classes: Sequence[Tensor], init: str) -> 
     return task.normalise(task.train.images[chosen].cpu()).reshape(shape)
 
 
-def _check(losses: Sequence[float], iteration: int, who: str) -> None:
-    """Stop at the first loss of this iteration that is no number."""
+def _problem(losses: Sequence[float], iteration: int) -> str | None:
+    """Return the first loss of this iteration that is no number."""
     for step, loss in enumerate(losses):
         if not math.isfinite(loss):
-            raise RddBenchError(
-                f"{who}: the matching loss of iteration {iteration + 1}, step {step + 1} is "
-                f"{loss}; expected a finite number; lower the option lr_img or lr_net"
+            return (
+                f"the matching loss of iteration {iteration + 1}, step {step + 1} is {loss}; "
+                "expected a finite number; lower the option lr_img or lr_net"
             )
+    return None

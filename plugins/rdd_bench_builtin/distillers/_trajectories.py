@@ -14,6 +14,7 @@ or made.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 from rdd_bench.api import Config, DistillTask, RddBenchError, Run, draw_augmentation, seeded
 from rdd_bench_builtin.distillers._coreset import DSA, Augmentation
+from rdd_bench_builtin.distillers._zca import fit_zca
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,6 +55,8 @@ class ExpertConfig(Config):
     """Real images per step of the experts."""
     augment: Augmentation = DSA
     """Operations of DSA, for experts, matching and the author track; '' for none."""
+    zca: bool = False
+    """Whiten the images instead of normalising them; the set brings its whitening along."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,13 @@ class Smoothing:
     """When the weights enter the average; 'none' keeps the weights themselves."""
     decay: float = 0.0
     """Weight of the average against the newest weights; 0 keeps the weights themselves."""
+
+
+def preprocessed(task: DistillTask, run: Run, options: ExpertConfig) -> DistillTask:
+    """Return the task whose ``normalise`` is what the options ask for."""
+    if not options.zca:
+        return task
+    return dataclasses.replace(task, whitening=fit_zca(task.train.images.to(run.device)))
 
 
 UNSMOOTHED = Smoothing()
@@ -224,7 +235,7 @@ def _key(
         "train": task.spec.train_sha256 or _digest(task.train.images, task.train.labels),
         "spec": [task.spec.shape, task.spec.mean, task.spec.std, task.spec.num_classes],
         "seed": task.seed,
-        "code": [_source(_key), _source(objective), _source(type(task.architecture))],
+        "code": [_source(it) for it in (_key, fit_zca, objective, type(task.architecture))],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

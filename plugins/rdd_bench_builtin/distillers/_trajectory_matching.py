@@ -32,8 +32,8 @@ from pydantic import Field, model_validator
 from rdd_bench.api import (
     DistilledSet,
     DistillTask,
+    Diverged,
     NotApplicable,
-    RddBenchError,
     Recipe,
     Run,
     draw_augmentation,
@@ -96,7 +96,8 @@ def distil_by_matching(
     """Return the images that lead a student along the experts, with the learned step size.
 
     Raises:
-        RddBenchError: If the matching diverges, or a class is too small to begin with.
+        Diverged: With the images of the iteration before.
+        RddBenchError: If a class is too small to begin with.
         NotApplicable: If the network draws random numbers of its own.
     """
     images = _initial_images(task, options.init, who).to(run.device)
@@ -124,20 +125,39 @@ def distil_by_matching(
             loss, images.grad, step_size.grad = match(
                 student, start, target, images, labels, step_size, steps
             )
-            before = step_size.item()
+            before = images.clone(), step_size.item()
             optimizer.step()
-            _check(who, iteration, loss.item(), before, step_size.item(), images)
+            problem = _problem(iteration, loss.item(), before[1], step_size.item(), images)
+            if problem:
+                last_good = _as_set(task, options, before[0], labels, before[1], losses)
+                raise Diverged(f"{who}: {problem}", last_good)
             losses.append(loss.item())
 
+    return _as_set(task, options, images, labels, step_size.item(), losses)
+
+
+def _as_set(
+    task: DistillTask,
+    options: MatchingConfig,
+    images: Tensor,
+    labels: Tensor,
+    step_size: float,
+    losses: Sequence[float],
+) -> DistilledSet:
     recent = losses[-WINDOW:]
     return DistilledSet(
         images=task.denormalise(images).cpu(),
         labels=labels.cpu(),
-        recipe=Recipe(lr=step_size.item(), augment=options.augment),
+        recipe=Recipe(
+            lr=step_size,
+            augment=options.augment,
+            uses=("whitening",) if task.whitening else None,
+        ),
+        whitening=task.whitening,
         notes={
-            "final_loss": sum(recent) / len(recent),
+            "final_loss": sum(recent) / len(recent) if recent else None,
             "averaged_iterations": len(recent),
-            "step_size": step_size.item(),
+            "step_size": step_size,
         },
     )
 
@@ -281,15 +301,15 @@ def _check_repeatable(network: nn.Module, images: Tensor, who: str) -> None:
             )
 
 
-def _check(
-    who: str, iteration: int, loss: float, before: float, step_size: float, images: Tensor
-) -> None:
-    """Stop at the first iteration after which nothing good can follow."""
+def _problem(
+    iteration: int, loss: float, before: float, step_size: float, images: Tensor
+) -> str | None:
+    """Return what is wrong after an iteration, if nothing good can follow from there."""
     finite = math.isfinite(loss) and bool(torch.isfinite(images).all())
     if finite and 0 < step_size < math.inf:
-        return
-    raise RddBenchError(
-        f"{who}: in iteration {iteration + 1} the loss is {loss:.4g}, the learned step size goes "
+        return None
+    return (
+        f"in iteration {iteration + 1} the loss is {loss:.4g}, the learned step size goes "
         f"from {before:.4g} to {step_size:.4g} and the images are "
         f"{'finite' if finite else 'not all finite'}; expected a finite loss and a positive step "
         "size; lower the options lr_lr or lr_img"

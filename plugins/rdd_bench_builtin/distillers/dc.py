@@ -19,7 +19,6 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 from rdd_bench.api import DistilledSet, Distiller, DistillTask, Info, Recipe, Run, hookimpl
-from rdd_bench_builtin.distillers._coreset import labels_of_classes
 from rdd_bench_builtin.distillers._gradient_matching import GradientMatchingConfig, condense
 
 
@@ -41,16 +40,17 @@ class DC(Distiller[DCConfig]):
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
 
         Raises:
-            RddBenchError: If the loss is no number, or a class is too small to begin with.
+            Diverged: If the loss is no number, with the last good set.
+            RddBenchError: If a class is too small to begin with.
         """
-        images, notes = condense(
-            task, run, self.config, self.name, init=self.config.init, augment=""
-        )
-        return DistilledSet(
-            images=task.denormalise(images.flatten(0, 1)).cpu(),
-            labels=labels_of_classes(task),
+        return condense(
+            task,
+            run,
+            self.config,
+            self.name,
+            init=self.config.init,
+            augment="",
             recipe=Recipe(epochs=300),
-            notes=notes,
         )
 
 

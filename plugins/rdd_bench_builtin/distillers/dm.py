@@ -21,7 +21,7 @@ Deviations, none of which changes the mathematics:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -32,8 +32,8 @@ from rdd_bench.api import (
     DistilledSet,
     Distiller,
     DistillTask,
+    Diverged,
     Info,
-    RddBenchError,
     Recipe,
     Run,
     draw_augmentation,
@@ -89,7 +89,8 @@ class DM(Distiller[DMConfig]):
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
 
         Raises:
-            RddBenchError: If the loss is no number, or a class is too small to begin with.
+            Diverged: If the loss is no number, with the images of the last look at it.
+            RddBenchError: If a class is too small to begin with.
             NotApplicable: If the architecture offers no features.
         """
         options = self.config
@@ -99,6 +100,7 @@ class DM(Distiller[DMConfig]):
         images = _initial_images(task, classes, options.init).to(run.device)
         optimizer = torch.optim.SGD([images], lr=options.lr, momentum=options.momentum)
         recent = torch.zeros(min(WINDOW, options.iterations), device=run.device)
+        good = images.clone()
 
         with run.phase("matching"):
             for iteration in run.track(range(options.iterations), "matching"):
@@ -113,13 +115,21 @@ class DM(Distiller[DMConfig]):
                 recent[iteration % WINDOW] = loss
                 # Reading a loss waits for the device, so it is done once in a while.
                 if (iteration + 1) % WINDOW == 0 or iteration + 1 == options.iterations:
-                    _check_losses(recent, iteration)
+                    if problem := _problem(recent, iteration):
+                        raise Diverged(f"{self.name}: {problem}", self._as_set(task, good))
+                    good = images.clone()
 
+        notes = {"final_loss": recent.mean().item(), "averaged_iterations": len(recent)}
+        return self._as_set(task, images, notes)
+
+    def _as_set(
+        self, task: DistillTask, images: Tensor, notes: Mapping[str, Any] | None = None
+    ) -> DistilledSet:
         return DistilledSet(
             images=task.denormalise(images.flatten(0, 1)).cpu(),
             labels=labels_of_classes(task),
-            recipe=Recipe(augment=options.augment),
-            notes={"final_loss": recent.mean().item(), "averaged_iterations": len(recent)},
+            recipe=Recipe(augment=self.config.augment),
+            notes=notes or {},
         )
 
 
@@ -193,15 +203,16 @@ def _mixes_images(network: nn.Module) -> bool:
     return any(isinstance(module, batch_norm) for module in network.modules())
 
 
-def _check_losses(recent: Tensor, iteration: int) -> None:
-    """Stop at the first loss of the window, which ends at ``iteration``, that is no number."""
+def _problem(recent: Tensor, iteration: int) -> str | None:
+    """Return the first loss of the window, which ends at ``iteration``, that is no number."""
     last = iteration % WINDOW
     for position, loss in enumerate(recent[: last + 1].tolist()):
         if not math.isfinite(loss):
-            raise RddBenchError(
-                f"{DM.name}: the loss of iteration {iteration - last + position + 1} is {loss}; "
-                f"expected a finite number; lower the option lr"
+            return (
+                f"the loss of iteration {iteration - last + position + 1} is {loss}; "
+                "expected a finite number; lower the option lr"
             )
+    return None
 
 
 @hookimpl

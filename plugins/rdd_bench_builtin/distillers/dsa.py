@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from rdd_bench.api import DistilledSet, Distiller, DistillTask, Info, Recipe, Run, hookimpl
 from rdd_bench_builtin.distillers._coreset import DSA as STRATEGY
-from rdd_bench_builtin.distillers._coreset import Augmentation, labels_of_classes
+from rdd_bench_builtin.distillers._coreset import Augmentation
 from rdd_bench_builtin.distillers._gradient_matching import GradientMatchingConfig, condense
 
 
@@ -41,17 +41,18 @@ class DSA(Distiller[DSAConfig]):
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
 
         Raises:
-            RddBenchError: If the loss is no number, or a class is too small to begin with.
+            Diverged: If the loss is no number, with the last good set.
+            RddBenchError: If a class is too small to begin with.
         """
         options = self.config
-        images, notes = condense(
-            task, run, options, self.name, init=options.init, augment=options.augment
-        )
-        return DistilledSet(
-            images=task.denormalise(images.flatten(0, 1)).cpu(),
-            labels=labels_of_classes(task),
+        return condense(
+            task,
+            run,
+            options,
+            self.name,
+            init=options.init,
+            augment=options.augment,
             recipe=Recipe(augment=options.augment),
-            notes=notes,
         )
 
 

@@ -45,7 +45,11 @@ from rdd_bench.api import (
     project,
     random_start,
 )
-from rdd_bench_builtin.distillers._trajectories import Smoothing, find_or_train_experts
+from rdd_bench_builtin.distillers._trajectories import (
+    Smoothing,
+    find_or_train_experts,
+    preprocessed,
+)
 from rdd_bench_builtin.distillers._trajectory_matching import MatchingConfig, distil_by_matching
 
 if TYPE_CHECKING:
@@ -109,11 +113,13 @@ class MAT(Distiller[MATConfig]):
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
 
         Raises:
-            RddBenchError: If an expert or the matching diverges, a class is too small to begin
-                with, or a kept expert's file is damaged.
+            Diverged: If the matching does, with the last good set.
+            RddBenchError: If an expert diverges, a class is too small to begin with, or a kept
+                expert's file is damaged.
             NotApplicable: If the network draws random numbers of its own in training.
         """
         options = self.config
+        task = preprocessed(task, run, options)
         experts = find_or_train_experts(
             task,
             run,

@@ -8,8 +8,9 @@ M epochs of an expert (``_trajectory_matching``, with the equations).
 
 Deviations:
 
-* No ZCA whitening, with which the authors made most of their CIFAR sets: images are normalised by
-  mean and standard deviation.
+* ZCA whitening, with which the authors made most of their CIFAR sets, is an option and off: images
+  are normalised by mean and standard deviation. It belongs to the set's own recipe; networks of
+  other tracks see the same pixels through their usual normalisation.
 * The options' defaults are the authors' for CIFAR-10 with 10 images per class, whatever the data
   set; theirs differ for each data set and number of images.
 * By default the gradient through the N steps is that of the adjoint, the same to rounding, with
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from rdd_bench.api import DistilledSet, Distiller, DistillTask, Info, Run, hookimpl
-from rdd_bench_builtin.distillers._trajectories import find_or_train_experts
+from rdd_bench_builtin.distillers._trajectories import find_or_train_experts, preprocessed
 from rdd_bench_builtin.distillers._trajectory_matching import MatchingConfig, distil_by_matching
 
 if TYPE_CHECKING:
@@ -59,10 +60,12 @@ class MTT(Distiller[MatchingConfig]):
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
 
         Raises:
-            RddBenchError: If an expert or the matching diverges, a class is too small to begin
-                with, or a kept expert's file is damaged.
+            Diverged: If the matching does, with the last good set.
+            RddBenchError: If an expert diverges, a class is too small to begin with, or a kept
+                expert's file is damaged.
             NotApplicable: If the network draws random numbers of its own in training.
         """
+        task = preprocessed(task, run, self.config)
         experts = find_or_train_experts(task, run, self.config, self.name, natural_loss)
         return distil_by_matching(task, run, self.config, experts, self.name)
 
