@@ -20,6 +20,7 @@ from rdd_bench.components import Attack, Run
 from rdd_bench.hashing import derive
 from rdd_bench.measure import PassCounter
 from rdd_bench.networks import predict
+from rdd_bench.pictures import PER_CLASS, Examples
 from rdd_bench.records import Flag
 from rdd_bench.seeding import seeded
 from rdd_bench.threats import project
@@ -40,6 +41,8 @@ class Judgement:
     flags: list[Flag] = field(default_factory=list)
     passes: PassCounter = field(default_factory=PassCounter)
     messages: list[str] = field(default_factory=list)
+    examples: Examples | None = None
+    """One image of every class that the first network gets right, and what became of it."""
 
 
 def clean_outcomes(model: nn.Module, test: LabelledImages, batch_size: int) -> Tensor:
@@ -88,12 +91,21 @@ def attack_models(
             candidates = check_candidates(candidates, images, who)
             _note(judgement, audit.check_budget(candidates, images, threat))
             candidates = project(candidates, images, threat)
-            robust[clean] = predict(model, candidates, run.batch_size) == labels
+            said = predict(model, candidates, run.batch_size)
+            robust[clean] = said == labels
+            judgement.examples = judgement.examples or _examples(images, candidates, labels, said)
         judgement.robust.append(robust)
         for message in attack.messages:
             if message not in judgement.messages:
                 judgement.messages.append(message)
     return judgement
+
+
+def _examples(images: Tensor, candidates: Tensor, labels: Tensor, said: Tensor) -> Examples:
+    """Return the first image of every class."""
+    first = [int((labels == label).nonzero()[0]) for label in labels.unique().tolist()]
+    few = first[:PER_CLASS]
+    return Examples(images[few], candidates[few], labels[few], said[few])
 
 
 def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rdd_bench import artifacts, robustness
+from rdd_bench import artifacts, pictures, robustness
 from rdd_bench.checks import check_distilled_set, check_network
 from rdd_bench.components import (
     Architecture,
@@ -51,6 +51,7 @@ from rdd_bench.store import (
     error_path,
     last_good_path,
     networks_path,
+    picture_path,
     set_path,
 )
 from rdd_bench.training import fit, new_classifier
@@ -207,7 +208,12 @@ class Worker:
             notes=dict(distilled.notes),
         )
         card = record.model_dump(mode="json", by_alias=True)
-        return Result(record, {set_path(step.address): artifacts.set_to_bytes(distilled, card)})
+        picture = pictures.picture_of_set(distilled, splits.spec.num_classes)
+        files = {
+            set_path(step.address): artifacts.set_to_bytes(distilled, card),
+            picture_path(step.address, str(step)): picture,
+        }
+        return Result(record, files)
 
     def _train(self, step: TrainStep, report: Report) -> Result:
         splits = self._splits_of(step.distill)
@@ -283,7 +289,10 @@ class Worker:
             messages=judged.messages,
             stronger_than=sorted(attack.stronger_than),
         )
-        return Result(record)
+        if judged.examples is None or not step.ranked:
+            return Result(record)
+        picture = pictures.picture_of_attack(judged.examples, step.threat.eps)
+        return Result(record, {picture_path(step.address, str(step)): picture})
 
     # What they share -------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@
         networks/<address>.safetensors    trained networks of every seed
         errors/<address>.txt              tracebacks of failed steps
         artefacts/                        what distillers share, such as expert trajectories
+        pictures/<what>-<address>.png     distilled images, and what attacks did to a few images
         leaderboard.md
 
 Files are written under a temporary name and renamed, so a killed run leaves no half of one. Only
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RECORDS, SETS, NETWORKS, ERRORS = "records", "sets", "networks", "errors"
-ARTEFACTS = "artefacts"
+ARTEFACTS, PICTURES = "artefacts", "pictures"
 
 
 class Store:
@@ -123,6 +125,12 @@ def set_path(address: str) -> Path:
 def last_good_path(address: str) -> Path:
     """Where the last good set of a distillation that diverged lies in its run folder."""
     return Path(SETS) / f"{address}.last-good.safetensors"
+
+
+def picture_path(address: str, what: str) -> Path:
+    """Where a picture lies in its run folder; ``what`` is for the people who look."""
+    readable = re.sub(r"[^a-z0-9.]+", "-", what.lower()).strip("-")[:80]
+    return Path(PICTURES) / f"{readable}-{address[:8]}.png"
 
 
 def networks_path(address: str) -> Path:

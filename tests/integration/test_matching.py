@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from rdd_bench.artifacts import networks_from_bytes, set_from_bytes
-from rdd_bench.components import Source
+from rdd_bench.components import Architecture, Dataset, Source
 from rdd_bench.data import load_splits
 from rdd_bench.networks import Whiten
 from rdd_bench.registry import load_plugins
@@ -134,8 +134,10 @@ def test_a_whitened_network_comes_back_with_its_whitening(tiny, out, records_of)
     (record,) = records_of(out, "train")
     (path,) = (out / "networks").glob("*.safetensors")
     registry = load_plugins()
-    splits = load_splits(registry.build("dataset", "digits", {}), "d", Source(None), (10, 4))
-    architecture = registry.build("architecture", "convnet", {"depth": 1, "width": 4})
+    dataset = cast("Dataset[Any]", registry.build("dataset", "digits", {}))
+    splits = load_splits(dataset, "digits", Source(None), (10, 4))
+    options = {"depth": 1, "width": 4}
+    architecture = cast("Architecture[Any]", registry.build("architecture", "convnet", options))
     fresh = [new_classifier(architecture, splits.spec, seed) for seed in record.seeds]
     models = networks_from_bytes(path.read_bytes(), fresh, "networks")
     assert all(isinstance(model.preprocess, Whiten) for model in models)

@@ -20,7 +20,7 @@ PLUGINS = Path(rdd_bench_builtin.__file__).parent
 LAYERS = """
 errors hashing seeding outcomes lazy measure environment
 types
-components threats augment records protocol checks networks views
+components threats augment records protocol checks networks views pictures
 hookspecs
 api registry data overrides results
 training artifacts metrics audit store
