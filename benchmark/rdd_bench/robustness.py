@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rdd_bench import audit
@@ -103,7 +104,7 @@ def attack_models(
 
 def _examples(images: Tensor, candidates: Tensor, labels: Tensor, said: Tensor) -> Examples:
     """Return the first image of every class."""
-    first = [int((labels == label).nonzero()[0]) for label in labels.unique().tolist()]
+    first = [int((labels == label).nonzero()[0]) for label in torch.unique(labels).tolist()]
     few = first[:PER_CLASS]
     return Examples(images[few], candidates[few], labels[few], said[few])
 
