@@ -16,6 +16,7 @@ from rdd_bench.components import (
     embedding_of,
 )
 from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
+from rdd_bench.foreign import ForeignSet, read_set, unfold
 from rdd_bench.hookspecs import hookimpl
 from rdd_bench.seeding import seeded
 from rdd_bench.threats import ascend, distance, project, random_start
@@ -49,6 +50,7 @@ __all__ = [
     "Distiller",
     "Diverged",
     "Eps",
+    "ForeignSet",
     "Info",
     "LabelledImages",
     "NoOptions",
@@ -69,6 +71,8 @@ __all__ = [
     "hookimpl",
     "project",
     "random_start",
+    "read_set",
     "render_views",
     "seeded",
+    "unfold",
 ]

@@ -255,10 +255,23 @@ def _training_data_untouched(offer: Offer, _: Registry) -> None:
         _fail(offer, "changed the training images in place", "a copy")
 
 
+def _or_says_why(rule: Rule) -> Rule:
+    """Let a distiller pass that says in one sentence why it cannot serve the small images."""
+
+    def applied(offer: Offer, registry: Registry) -> None:
+        try:
+            rule(offer, registry)
+        except NotApplicable as reason:
+            if "\n" in str(reason) or not str(reason).strip():
+                _fail(offer, "a reason that is not one sentence", "one sentence on what is needed")
+
+    return applied
+
+
 _DISTILLER_RULES: Rules = [
-    ("returns a valid set and leaves torch as found", _valid_set),
-    ("gives the same set for the same seed", _same_seed_same_set),
-    ("leaves the training data untouched", _training_data_untouched),
+    ("returns a valid set and leaves torch as found", _or_says_why(_valid_set)),
+    ("gives the same set for the same seed", _or_says_why(_same_seed_same_set)),
+    ("leaves the training data untouched", _or_says_why(_training_data_untouched)),
 ]
 
 

@@ -21,9 +21,11 @@ LAYERS = """
 errors hashing seeding outcomes lazy measure environment
 types
 components threats augment records protocol checks networks views pictures
-hookspecs
-api registry data overrides results
-training artifacts metrics audit store
+hookspecs data
+artifacts
+foreign
+api registry overrides results
+training metrics audit store
 plan robustness standings
 steps leaderboard display
 executors
