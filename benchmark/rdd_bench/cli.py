@@ -10,52 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdd_bench import __version__
+from rdd_bench.cli_judge import COMMANDS
 from rdd_bench.errors import RddBenchError, UnknownNameError
+from rdd_bench.terminal import NAMES, NUMBERS, print_table, registry_for_users
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from rdd_bench.registry import Offer, Registry
-    from rdd_bench.runner import Summary
-
-    ParamType = click.ParamType[Any]
-else:
-    ParamType = click.ParamType  # older versions of click do not let it be subscripted
+    from rdd_bench.registry import Offer
 
 KIND_NAMES = ("distillers", "architectures", "attacks", "datasets", "protocols")
-USER_ERROR, FAILED_STEPS, INTERRUPTED = 2, 1, 130
-
-
-class _NameList(ParamType):
-    """Names separated by commas."""
-
-    name = "names"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[str]:
-        names = [part.strip() for part in str(value).split(",")]
-        if not all(names):
-            self.fail(f"'{value}' has an empty name; separate names by single commas", param, ctx)
-        return names
-
-
-class _NumberList(ParamType):
-    """Whole numbers separated by commas; A-B counts through."""
-
-    name = "numbers"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        numbers: list[int] = []
-        for part in str(value).split(","):
-            first, dash, last = part.strip().partition("-")
-            try:
-                low = int(first)
-                numbers += range(low, (int(last) if dash else low) + 1)
-            except ValueError:
-                self.fail(f"'{part}' is no whole number; write 1,10 or 0-4", param, ctx)
-        return numbers
-
-
-NAMES, NUMBERS = _NameList(), _NumberList()
+USER_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 
 
 @click.group(
@@ -152,11 +115,14 @@ def run(**given: Any) -> None:  # fmt: skip
     rdd-bench run --distillers dm,random --attacks pgd,autoattack --ipc 10
     rdd-bench run --set dm.iterations=500 --architectures convnet
     """
+    from rdd_bench.components import Source
     from rdd_bench.overrides import read_overrides
     from rdd_bench.plan import Selection, make_plan
     from rdd_bench.protocol import load_protocol
+    from rdd_bench.runner import Settings, default_out
+    from rdd_bench.session import run_and_report
 
-    registry = _registry()
+    registry = registry_for_users()
     protocol = load_protocol(given["protocol"])
     selected = (
         "distillers",
@@ -176,40 +142,14 @@ def run(**given: Any) -> None:  # fmt: skip
     if given["dry_run"]:
         _show_plan(plan, given["out"])
         return
-    _run_and_report(plan, given, registry)
-
-
-def _run_and_report(plan: Any, given: dict[str, Any], registry: Registry) -> None:
-    from rdd_bench.components import Source
-    from rdd_bench.display import Display
-    from rdd_bench.leaderboard import render
-    from rdd_bench.runner import Settings, default_out, run_plan
-    from rdd_bench.store import Store
-
-    out = given["out"] or default_out(plan.protocol.name)
     settings = Settings(
-        out=out,
+        out=given["out"] or default_out(protocol.name),
         device=given["device"],
         workers=given["workers"],
         source=Source(given["data_root"], given["download"]),
         fresh=given["fresh"],
     )
-    console = _console(stderr=True)
-    with Display(console, len(plan.steps)) as display:
-        summary = run_plan(plan, settings, registry, display)
-    Store(out).write_file(Path("leaderboard.md"), render(summary.records).encode())
-    _show_summary(summary)
-    for status, records in (("failed", summary.failed), ("skipped", summary.skipped)):
-        # Steps that fail for one reason, such as missing data, say it once.
-        for error in dict.fromkeys(record.error for record in records):
-            click.echo(f"{status}: {error}", err=True)
-    done = f"{summary.computed} steps computed, {summary.reused} already there"
-    if summary.failed:
-        done += f", {len(summary.failed)} failed, {summary.dropped} not tried because of that"
-        done += f"; tracebacks are in {out / 'errors'}"
-    click.echo(f"{done}.\nResults: {out}, table: {out / 'leaderboard.md'}")
-    if summary.failed:
-        sys.exit(FAILED_STEPS)
+    sys.exit(run_and_report(plan, settings, registry))
 
 
 @cli.command("list")
@@ -218,13 +158,13 @@ def list_(kinds: tuple[str, ...]) -> None:
     """Show what can be run: distillers, architectures, attacks, data sets and protocols."""
     from rdd_bench.protocol import load_protocol, names
 
-    registry = _registry()
+    registry = registry_for_users()
     for kind in kinds or KIND_NAMES:
         if kind == "protocols":
             rows = [(name, "", "", load_protocol(name).summary) for name in names()]
         else:
             rows = [_listing(offer) for offer in registry.of_kind(kind.removesuffix("s"))]
-        _table(kind, ["NAME", "PLUGIN", "PAPER", "DOES"], rows)
+        print_table(kind, ["NAME", "PLUGIN", "PAPER", "DOES"], rows)
 
 
 def _listing(offer: Offer) -> tuple[str, str, str, str]:
@@ -240,7 +180,7 @@ def show(name: str) -> None:
     from rdd_bench.components import KINDS
     from rdd_bench.protocol import load_protocol, names
 
-    registry = _registry()
+    registry = registry_for_users()
     if name in names() or name.endswith(".toml"):
         _show_protocol(load_protocol(name))
         return
@@ -258,15 +198,15 @@ def show(name: str) -> None:
 @cli.command()
 def plugins() -> None:
     """Show which plugins loaded, and for each that did not, why."""
-    registry = _registry(quiet=True)
+    registry = registry_for_users(quiet=True)
     by_plugin: dict[tuple[str, str, str], list[str]] = {}
     for offer in registry.offers:
         key = (offer.distribution, offer.version, offer.entry_point)
         by_plugin.setdefault(key, []).append(f"{offer.kind} {offer.name}")
     rows = [(f"{d} {v}", e, ", ".join(sorted(o))) for (d, v, e), o in sorted(by_plugin.items())]
-    _table("loaded", ["DISTRIBUTION", "ENTRY POINT", "OFFERS"], rows)
+    print_table("loaded", ["DISTRIBUTION", "ENTRY POINT", "OFFERS"], rows)
     problems = [(problem.plugin, problem.reason) for problem in registry.problems]
-    _table("not loaded", ["PLUGIN", "WHY"], problems)
+    print_table("not loaded", ["PLUGIN", "WHY"], problems)
 
 
 @cli.command()
@@ -290,7 +230,7 @@ def check(distribution: str) -> None:
             click.echo(f"ok      {item}")
     click.echo(f"{distribution}: {passed} checks passed, {failed} failed")
     if failed:
-        sys.exit(FAILED_STEPS)
+        sys.exit(FAILED)
 
 
 @cli.command()
@@ -336,7 +276,7 @@ def leaderboard(
         current = output.read_text(encoding="utf-8") if output.exists() else ""
         if current != text:
             click.echo(f"{output} is not what its records say; render it again without --check")
-            sys.exit(FAILED_STEPS)
+            sys.exit(FAILED)
         click.echo(f"{output} is what its records say")
     elif output is None:
         click.echo(text)
@@ -348,6 +288,10 @@ def leaderboard(
         for name, lines in files.items():
             Store(publish).write_file(Path(name), lines.encode())
         click.echo(f"wrote {len(files)} files of records to {publish}")
+
+
+for command in COMMANDS:
+    cli.add_command(command)
 
 
 def main() -> None:
@@ -372,46 +316,7 @@ def main() -> None:
         sys.exit(USER_ERROR)
 
 
-# What the commands share ----------------------------------------------------------------------
-
-
-def _registry(*, quiet: bool = False) -> Registry:
-    from rdd_bench.lazy import imported_on_use
-    from rdd_bench.registry import load_plugins
-
-    with imported_on_use("torch"):
-        registry = load_plugins()
-    if not quiet:
-        for problem in registry.problems:
-            click.echo(f"plugin not loaded: {problem}", err=True)
-    return registry
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
-
-
-def _table(title: str, header: list[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    if not rows:
-        return
-    table = Table(
-        title=Text(title), title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
-    for column in header:
-        table.add_column(column, overflow="fold", no_wrap=column == "NAME")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console = _console()
-    if not console.is_terminal:
-        # A pipe has no width: do not cut what somebody may search.
-        console.width = 200
-    console.print(table)
-    console.print()
+# Showing ----------------------------------------------------------------------------------------
 
 
 def _show_offer(offer: Offer) -> None:
@@ -428,7 +333,7 @@ def _show_offer(offer: Offer) -> None:
         (option, _type_name(field.annotation), str(field.default), field.description or "")
         for option, field in fields.items()
     ]
-    _table("options", ["NAME", "TYPE", "DEFAULT", "MEANING"], rows)
+    print_table("options", ["NAME", "TYPE", "DEFAULT", "MEANING"], rows)
     if rows:
         click.echo(f"Change one with --set {offer.name}.{rows[0][0]}=VALUE\n")
 
@@ -464,17 +369,6 @@ def _show_plan(plan: Any, out: Path | None) -> None:
         f"{counts[0]} distillations, {counts[1]} trainings, {counts[2]} attacks; "
         f"{finished} of these are finished in {store.root}. Nothing was run."
     )
-
-
-def _show_summary(summary: Summary) -> None:
-    """Print the ranked rows of every table."""
-    from rdd_bench.leaderboard import summary_rows
-    from rdd_bench.results import join
-    from rdd_bench.standings import make_tables
-
-    for table in make_tables(join(summary.records)):
-        for title, rows in summary_rows(table):
-            _table(title, list(rows[0]), [list(row.values()) for row in rows])
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ class Display:
             described = f"  {self.names[address]}: {what}"
             self.progress.update(bar, completed=done, total=total, description=described)
 
+    def report(self, what: str, done: int, total: int) -> None:
+        """Show the progress of one piece of work in place of steps."""
+        self.progress.update(self.whole, description=what, completed=done, total=total)
+
     def finished(self, step: Step, status: str) -> None:
         self.count += 1
         seconds = time.monotonic() - self.began.pop(step.address)

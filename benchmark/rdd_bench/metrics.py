@@ -114,3 +114,16 @@ def check_strength(strong: AttackRecord, others: Sequence[AttackRecord]) -> list
             )
             flags.append(Flag(name=WEAKER_THAN, message=message, value=gap))
     return flags
+
+
+def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the exact 95 % interval of a fraction (Clopper and Pearson 1934).
+
+    It covers the fraction for one network over images drawn at random; not the luck of training.
+    """
+    if not trials:
+        return 0.0, 1.0
+    tail = (1 - CONFIDENCE) / 2
+    low = stats.beta.ppf(tail, successes, trials - successes + 1) if successes else 0.0
+    high = stats.beta.ppf(1 - tail, successes + 1, trials - successes) if successes < trials else 1
+    return float(low), float(high)

@@ -27,10 +27,13 @@ foreign
 api registry overrides results
 training metrics audit store
 plan robustness standings
-steps leaderboard display
+steps leaderboard display recall lint checkpoint
 executors
 runner
-testing cli
+terminal testing
+session
+cli_judge
+cli
 """
 ORDER = [line.split() for line in LAYERS.strip().splitlines()]
 LEVEL = {module: level for level, modules in enumerate(ORDER) for module in modules}

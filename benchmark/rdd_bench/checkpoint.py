@@ -1,0 +1,199 @@
+"""A trained network from elsewhere, judged as every network of this suite is."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rdd_bench import robustness
+from rdd_bench.components import Architecture, Attack, Run
+from rdd_bench.errors import NotApplicable, RddBenchError
+from rdd_bench.foreign import read_pickle
+from rdd_bench.metrics import binomial_interval
+from rdd_bench.networks import Classifier, Normalise
+from rdd_bench.outcomes import pack
+from rdd_bench.records import Flag
+from rdd_bench.seeding import seeded
+from rdd_bench.types import DatasetSpec, LabelledImages, Threat
+
+NESTED = ("state_dict", "model_state_dict", "model", "net", "network")
+"""Where programs put the weights among other things."""
+PREFIXES = ("module.", "_orig_mod.", "network.", "model.")
+"""What wrappers put before every name."""
+
+
+@dataclass
+class Verdict:
+    """What one attack under one threat left of a network."""
+
+    attack: str
+    threat: Threat | None
+    """None for the clean images."""
+    correct: Tensor
+    """Which test images are right, (n,) booleans."""
+    flags: list[Flag] = field(default_factory=list)
+    error: str = ""
+    """Why the attack could not be run."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct.float().mean().item()
+
+    def interval(self) -> tuple[float, float]:
+        """Return the exact 95 % interval of the accuracy (Clopper and Pearson 1934)."""
+        return binomial_interval(int(self.correct.sum()), len(self.correct))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON values, image by image."""
+        return {
+            "attack": self.attack,
+            "norm": self.threat.norm if self.threat else None,
+            "eps": self.threat.eps if self.threat else None,
+            "n": len(self.correct),
+            "correct": int(self.correct.sum()),
+            "outcomes": pack(self.correct.cpu().numpy()),
+            "flags": [flag.model_dump(mode="json") for flag in self.flags],
+            "error": self.error,
+        }
+
+
+def load_network(
+    path: Path,
+    architecture: Architecture[Any],
+    spec: DatasetSpec,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Classifier:
+    """Return the network of a ``state_dict`` behind the normalisation it was trained with.
+
+    Args:
+        path: File of ``torch.save``; nothing in it is executed.
+        architecture: What the weights are for.
+        spec: The data set; its mean and deviation serve where none are given.
+        mean: What was subtracted, per channel.
+        std: What was divided by, per channel.
+
+    Raises:
+        RddBenchError: If the file holds no weights, or those of another architecture.
+    """
+    state = _state_in(read_pickle(path), path)
+    with seeded(0):
+        network = architecture.build(spec)
+    wanted = network.state_dict()
+    state = _without_prefix(state, set(wanted))
+    problems = _misfits(state, wanted)
+    if problems:
+        raise RddBenchError(
+            f"{path} does not fit {architecture.name}: {'; '.join(problems)}. Name the "
+            "architecture and its options that it was trained with"
+        )
+    network.load_state_dict(dict(state))
+    preprocess = Normalise(spec)
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            if len(values) != spec.shape[0]:
+                raise RddBenchError(
+                    f"--{name} has {len(values)} numbers; {spec.name} has {spec.shape[0]} channels"
+                )
+            getattr(preprocess, name).copy_(torch.tensor(values).view(-1, 1, 1))
+    return Classifier(preprocess, network).eval().requires_grad_(requires_grad=False)
+
+
+def _state_in(content: Any, path: Path) -> Mapping[str, Tensor]:
+    for key in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise RddBenchError(f"{path} holds {type(content).__name__}; expected a state_dict")
+    if not all(isinstance(value, Tensor) for value in content.values()):
+        raise RddBenchError(
+            f"{path} is no state_dict: it holds {', '.join(map(str, list(content)[:6]))}"
+        )
+    return content
+
+
+def _without_prefix(state: Mapping[str, Tensor], wanted: set[str]) -> Mapping[str, Tensor]:
+    """Take off what wrappers such as DataParallel put before every name."""
+    for _ in PREFIXES:
+        for prefix in PREFIXES:
+            if not set(state) & wanted and all(name.startswith(prefix) for name in state):
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def _misfits(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    for title, names in (
+        ("it lacks", sorted(set(wanted) - set(state))),
+        ("it has unknown", sorted(set(state) - set(wanted))),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{title} {', '.join(names[:3])}{more}")
+    shapes = [
+        f"{name} is {tuple(state[name].shape)} and not {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in state and state[name].shape != wanted[name].shape
+    ]
+    return problems + shapes[:3]
+
+
+def judge(
+    model: Classifier,
+    test: LabelledImages,
+    attacks: Sequence[tuple[str, Attack[Any]]],
+    threats: Sequence[Threat],
+    device: torch.device,
+    *,
+    batch_size: int = 500,
+    report: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[Verdict]:
+    """Return the clean verdict and that of every attack under every threat that it knows."""
+    model.to(device)
+    test = LabelledImages(test.images.to(device), test.labels.to(device))
+    verdicts = [Verdict("clean", None, robustness.clean_outcomes(model, test, batch_size))]
+    with tempfile.TemporaryDirectory(prefix="rdd-bench-") as scratch:
+        run = Run(
+            device=device,
+            scratch=Path(scratch),
+            phase=lambda _: contextlib.nullcontext(),
+            report=report,
+            batch_size=batch_size,
+        )
+        for threat in threats:
+            for label, attack in attacks:
+                if threat.norm not in attack.norms:
+                    continue
+                try:
+                    judged = robustness.attack_models(
+                        [model], test, attack, threat, [0], run, f"attack '{label}'"
+                    )
+                except NotApplicable as reason:
+                    nothing = torch.zeros(0, dtype=torch.bool)
+                    verdicts.append(Verdict(label, threat, nothing, error=str(reason)))
+                    continue
+                verdicts.append(Verdict(label, threat, judged.robust[0], judged.flags))
+    return verdicts
+
+
+def worst_cases(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Return, for every threat, the images that no attack breaks."""
+    found = []
+    for threat in dict.fromkeys(v.threat for v in verdicts if v.threat is not None):
+        of_threat = [v.correct for v in verdicts if v.threat == threat and not v.error]
+        if of_threat:
+            found.append(Verdict("worst case", threat, torch.stack(of_threat).all(dim=0)))
+    return found
+
+
+def percent(value: float) -> str:
+    """Return an accuracy as a table shows it."""
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"

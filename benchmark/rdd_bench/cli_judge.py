@@ -1,0 +1,329 @@
+"""Commands about what is there already: files made elsewhere, networks, cells of a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rdd_bench.errors import RddBenchError
+from rdd_bench.terminal import FRACTIONS, NAMES, NUMBERS, console, print_table, registry_for_users
+
+DIFFERENT = 1
+
+FILE = click.Path(path_type=Path, exists=True)
+PROTOCOL = click.option(
+    "--protocol", default="digits-v1", show_default=True, metavar="NAME|FILE.toml",
+    help="The rules of the table.",
+)  # fmt: skip
+DATA_ROOT = click.option(
+    "--data-root", type=click.Path(path_type=Path), metavar="DIR", envvar="RDD_BENCH_DATA",
+    show_envvar=True, help="Folder with data sets in torchvision's layout.",
+)  # fmt: skip
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."
+)
+
+
+@click.command()
+@click.argument("file", type=FILE)
+@PROTOCOL
+@click.option("--datasets", type=NAMES, help="Data set it was distilled from.")
+@click.option("--architectures", type=NAMES, help="Networks to train on it.")
+@click.option("--attacks", type=NAMES, help="Attacks to run.")
+@click.option("--tracks", type=NAMES, help="natural, author, adversarial.")
+@click.option("--seeds", type=NUMBERS, help="Training seeds, such as 0-4.")
+@click.option("--factor", type=int, help="Small images along each side of a stored one: 2 for IDM.")
+@click.option(
+    "--space",
+    type=click.Choice(["auto", "pixels", "normalised", "whitened"]),
+    help="What the stored numbers are.  [default: auto]",
+)
+@click.option("--repetition", type=int, help="Which one of a file with several.")
+@click.option("--lr", type=float, help="Learning rate of the author track, as MTT learns one.")
+@click.option("--augment", help="Operations of DSA in the author track.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="Run folder.")
+@click.option("--workers", type=click.IntRange(min=1), help="Processes.")
+@DEVICE
+@DATA_ROOT
+def evaluate(file: Path, **given: Any) -> None:
+    r"""Judge a distilled set that another program made, beside random real images.
+
+    Reads result files of DC, DSA and DM (res_*.pt), pairs as MTT's images_best.pt and
+    labels_best.pt, lists and dictionaries of images and labels, folders with one folder of
+    pictures a class, and this suite's .safetensors. Nothing in a file is executed.
+
+    \b
+    rdd-bench evaluate res_DM_CIFAR10_ConvNet_10ipc.pt --protocol cifar10-v1
+    rdd-bench evaluate images_best.pt --space whitened --lr 0.02 --tracks author
+    """
+    from rdd_bench.components import Source
+    from rdd_bench.foreign import read_set
+    from rdd_bench.plan import Selection, make_plan
+    from rdd_bench.protocol import load_protocol
+    from rdd_bench.runner import Settings, default_out
+    from rdd_bench.session import run_and_report
+
+    found = read_set(file, given["repetition"] or 0)
+    options = {
+        name: given[name]
+        for name in ("factor", "space", "repetition", "lr", "augment")
+        if given[name] is not None
+    }
+    ipc = _images_per_class(found.labels, file) * (given["factor"] or 1) ** 2
+    protocol = load_protocol(given["protocol"])
+    label = f"file:{file}"
+    methods = [label, *([protocol.control] if protocol.control else [])]
+    for line in (f"{file}: {found.format}, {ipc} images per class", *found.remarks):
+        click.echo(line, err=True)
+    selected = ("datasets", "architectures", "attacks", "tracks", "seeds")
+    selection = Selection(
+        distillers=methods,
+        ipc=[ipc],
+        options={label: options} if options else {},
+        **{name: given[name] for name in selected},
+    )
+    registry = registry_for_users()
+    settings = Settings(
+        out=given["out"] or default_out(protocol.name),
+        device=given["device"],
+        workers=given["workers"],
+        source=Source(given["data_root"]),
+    )
+    sys.exit(run_and_report(make_plan(protocol, selection, registry), settings, registry))
+
+
+def _images_per_class(labels: Any, file: Path) -> int:
+    hard = labels if labels.ndim == 1 else labels.argmax(dim=1)
+    if int(hard.min()) < 0:
+        raise RddBenchError(f"{file} has labels from {int(hard.min())}; expected 0 or more")
+    counts = hard.bincount()
+    if int(counts.min()) != int(counts.max()):
+        rarest = int(counts.argmin())
+        raise RddBenchError(
+            f"{file} has {int(counts.min())} images of class {rarest} and up to "
+            f"{int(counts.max())} of others; a table is about one number of images per class"
+        )
+    return int(counts.max())
+
+
+@click.command()
+@click.argument("checkpoint", type=FILE)
+@click.option("--architecture", required=True, help="What the weights are for, such as convnet.")
+@click.option("--dataset", required=True, help="What it was trained on, such as cifar10.")
+@click.option("--attacks", type=NAMES, default="fgsm,pgd,autoattack", show_default=True)
+@click.option(
+    "--eps", "budgets", type=NAMES, default="2/255,8/255", show_default=True,
+    help="Budgets in pixels of [0, 1].",
+)  # fmt: skip
+@click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first N test images.")
+@click.option("--mean", type=FRACTIONS, help="What was subtracted in training, per channel.")
+@click.option("--std", type=FRACTIONS, help="What was divided by in training, per channel.")
+@click.option("--set", "assignments", multiple=True, metavar="NAME.OPTION=VALUE")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Also as JSON.")
+@DEVICE
+@DATA_ROOT
+def attack(checkpoint: Path, **given: Any) -> None:
+    r"""Attack a trained network, given its state_dict.
+
+    The network sees pixels of [0, 1] through the normalisation it was trained with: the data
+    set's, or --mean and --std. Every attack is checked and audited as in a run. Nothing in the
+    file is executed.
+
+    \b
+    rdd-bench attack net.pt --architecture convnet --dataset cifar10 --eps 2/255,8/255
+    rdd-bench attack net.pt --architecture resnet18 --dataset cifar10 --limit 1000
+    """
+    from rdd_bench.components import Source
+    from rdd_bench.overrides import read_overrides
+    from rdd_bench.types import Threat, parse_eps
+
+    registry = registry_for_users()
+    options = read_overrides(None, given["assignments"])
+    threats = [Threat(given["norm"], parse_eps(text)) for text in given["budgets"]]
+
+    def build(kind: str, text: str) -> Any:
+        return registry.build(kind, text, options.pop(text, {}))
+
+    architecture, dataset = build("architecture", given["architecture"]), None
+    attacks = [(name, build("attack", name)) for name in given["attacks"]]
+    if not any(given["norm"] in each.norms for _, each in attacks):
+        raise RddBenchError(f"none of {', '.join(given['attacks'])} works in {given['norm']}")
+    dataset = build("dataset", given["dataset"])
+    if options:
+        raise RddBenchError(f"--set names '{next(iter(options))}', which is not used here")
+
+    import torch
+
+    from rdd_bench.checkpoint import judge, load_network, percent, worst_cases
+    from rdd_bench.data import load_splits
+    from rdd_bench.display import Display
+    from rdd_bench.runner import resolve_device
+    from rdd_bench.steps import numerical_settings
+
+    device = torch.device(resolve_device(given["device"]))
+    who = registry.find("dataset", given["dataset"]).who
+    splits = load_splits(dataset, who, Source(given["data_root"]), (0, 0))
+    model = load_network(checkpoint, architecture, splits.spec, given["mean"], given["std"])
+    test = splits.test
+    if given["limit"]:
+        test = test.subset(torch.arange(min(given["limit"], len(test))))
+    with Display(console(stderr=True), 1) as display, numerical_settings(threads=1):
+        verdicts = judge(model, test, attacks, threats, device, report=display.report)
+    rows = []
+    for verdict in [*verdicts, *worst_cases(verdicts)]:
+        low, high = verdict.interval()
+        notes = "; ".join(flag.message for flag in verdict.flags) or verdict.error
+        rows.append(
+            (
+                verdict.attack,
+                str(verdict.threat or ""),
+                "–" if verdict.error else percent(verdict.accuracy),
+                "" if verdict.error else f"[{percent(low)}, {percent(high)}]",
+                notes,
+            )
+        )
+    title = f"{checkpoint} on {len(test)} test images of {given['dataset']}, accuracy in %"
+    print_table(title, ["Attack", "Threat", "Right", "95 % interval", "Flags"], rows)
+    if given["output"]:
+        from rdd_bench.store import Store
+
+        content = {"test_sha256": splits.spec.test_sha256, "n": len(test)}
+        text = json.dumps({**content, "verdicts": [v.as_json() for v in verdicts]}, indent=1)
+        target: Path = given["output"]
+        Store(target.parent).write_file(Path(target.name), text.encode())
+        click.echo(f"wrote {target}")
+
+
+@click.command()
+@click.argument("file", type=FILE)
+def lint(file: Path) -> None:
+    r"""Look at a distilled set without training on it.
+
+    Says its format, size, class balance, pixel range, what clipping and 8-bit pictures would
+    change, its recipe and its hash. Exits 1 if something is to be minded.
+
+    \b
+    rdd-bench lint runs/digits-v1/sets/ADDRESS.safetensors
+    """
+    from rdd_bench.lint import lint as facts_of
+
+    facts = facts_of(file)
+    print_table(str(file), ["Fact", "Found", "Mind"], facts)
+    if any(mind for _, _, mind in facts):
+        sys.exit(DIFFERENT)
+
+
+@click.command()
+@click.argument("run_folder", type=FILE)
+@click.argument("cell")
+@click.option("--protocol", metavar="FILE.toml", help="The protocol, if it does not come along.")
+def explain(run_folder: Path, cell: str, protocol: str | None) -> None:
+    r"""Say what one number is, and print the command that makes it again.
+
+    CELL is the beginning of an address: of a record, or the eight letters at the end of a
+    picture's name.
+
+    \b
+    rdd-bench explain runs/digits-v1 3f2a9c01
+    """
+    from rdd_bench.plan import make_plan
+    from rdd_bench.protocol import load_protocol
+    from rdd_bench.recall import (
+        cells_of,
+        command_of,
+        find_cell,
+        matching_step,
+        protocol_path,
+        selection_of,
+    )
+    from rdd_bench.store import read_records
+
+    records, _ = read_records([run_folder])
+    found = find_cell(cells_of(records), cell)
+    named = protocol_path(protocol, records)
+    rules, registry = load_protocol(named), registry_for_users()
+    selection = selection_of(found, rules, registry)
+    step = matching_step(found, make_plan(rules, selection, registry))
+    attack = found.attack
+    right = ", ".join(
+        f"seed {seed}: {correct}"
+        for seed, correct in zip(attack.seeds, attack.correct, strict=True)
+    )
+    click.echo(f"{found}\n  right of {attack.n} test images: {right}")
+    click.echo(f"  distilled set {found.distill.set_sha256[:16]}, {found.distill.bytes:,} bytes")
+    for flag in attack.flags:
+        click.echo(f"  flag {flag.name}: {flag.message}")
+    if step.address != attack.address:
+        click.echo(
+            "  made by other code than is installed now (or other seeds beside it): the number "
+            "may differ"
+        )
+    click.echo(f"\n{command_of(selection, named)}")
+
+
+@click.command()
+@click.argument("run_folder", type=FILE)
+@click.option("--cells", "count", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Which cells are drawn.")
+@click.option("--protocol", metavar="FILE.toml", help="The protocol, if it does not come along.")
+@DEVICE
+@DATA_ROOT
+def verify(run_folder: Path, count: int, seed: int, **given: Any) -> None:
+    r"""Compute random cells again from scratch and compare them image by image.
+
+    RUN_FOLDER may be a run folder or published .jsonl records. Exits 1 if a verdict differs.
+
+    \b
+    rdd-bench verify leaderboard/results/digits-v1 --cells 5
+    """
+    from rdd_bench.components import Source
+    from rdd_bench.display import Display
+    from rdd_bench.plan import make_plan
+    from rdd_bench.protocol import load_protocol
+    from rdd_bench.recall import (
+        cells_of,
+        choose_cells,
+        differences,
+        matching_step,
+        only,
+        protocol_path,
+        selection_of,
+    )
+    from rdd_bench.runner import Settings, run_plan
+    from rdd_bench.store import read_records
+
+    records, _ = read_records([run_folder])
+    cells = cells_of(records)
+    if not cells:
+        raise RddBenchError(f"{run_folder} holds no finished cell")
+    rules = load_protocol(protocol_path(given["protocol"], records))
+    registry = registry_for_users()
+    wrong = 0
+    chosen = choose_cells(cells, count, seed)
+    with tempfile.TemporaryDirectory(prefix="rdd-bench-verify-") as folder:
+        settings = Settings(
+            out=Path(folder), device=given["device"], workers=1,
+            source=Source(given["data_root"]),
+        )  # fmt: skip
+        for cell in chosen:
+            plan = make_plan(rules, selection_of(cell, rules, registry), registry)
+            part = only(plan, matching_step(cell, plan))
+            with Display(console(stderr=True), len(part.steps)) as display:
+                summary = run_plan(part, settings, registry, display)
+            found = differences(cell, summary.records)
+            wrong += bool(found)
+            click.echo(
+                f"{'differs' if found else 'equal  '}  {cell}" + "".join(f"; {f}" for f in found)
+            )
+    click.echo(f"{len(chosen) - wrong} of {len(chosen)} cells are equal, image by image")
+    if wrong:
+        sys.exit(DIFFERENT)
+
+
+COMMANDS = (evaluate, attack, lint, explain, verify)
