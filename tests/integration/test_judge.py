@@ -1,0 +1,277 @@
+"""evaluate, attack, lint, explain and verify, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from rdd_bench.artifacts import networks_from_bytes, set_from_bytes
+from rdd_bench.components import Architecture, Dataset, Source
+from rdd_bench.data import load_splits
+from rdd_bench.outcomes import unpack
+from rdd_bench.registry import load_plugins
+from rdd_bench.training import new_classifier
+
+
+@pytest.fixture
+def splits():
+    dataset = cast("Dataset[Any]", load_plugins().build("dataset", "digits", {}))
+    return load_splits(dataset, "digits", Source(None), (10, 4))
+
+
+@pytest.fixture
+def foreign(tmp_path: Path, splits: Any) -> Path:
+    """What DC's program would save of two real digits a class, normalised."""
+    spec, train = splits.spec, splits.train
+    images = torch.cat([train.of_class(label)[:2] for label in range(10)])
+    path = tmp_path / "res_DC_digits.pt"
+    normalised = (images - spec.mean[0]) / spec.std[0]
+    torch.save({"data": [[normalised, torch.arange(10).repeat_interleave(2)]]}, path)
+    return path
+
+
+# evaluate -------------------------------------------------------------------------------------
+
+
+def test_a_set_made_elsewhere_stands_beside_random_images(
+    cli, protocol, out, foreign, records_of, splits
+):
+    answer = cli(
+        "evaluate", foreign, "--protocol", protocol, "--out", out, "--attacks", "fgsm",
+        "--device", "cpu", "--workers", 1,
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    assert "a result file of DC, DSA or DM, 2 images per class" in answer.err
+    assert f"file:{foreign}" in (out / "leaderboard.md").read_text()
+    records = {r.distiller.name: r for r in records_of(out, "distill")}
+    assert set(records) == {"rdd-bench/file", "rdd-bench/random"}
+    mine = records["rdd-bench/file"]
+    assert mine.ipc == 2
+    assert mine.notes["stored_as"] == "normalised"
+    # The pixels are back.
+    path = out / "sets" / f"{mine.address}.safetensors"
+    made = set_from_bytes(path.read_bytes(), "set")
+    expected = torch.cat([splits.train.of_class(label)[:2] for label in range(10)])
+    assert torch.allclose(made.images, expected, atol=1e-6)
+
+
+def test_a_changed_file_is_another_set(cli, protocol, out, foreign, records_of):
+    arguments = (
+        "evaluate", foreign, "--protocol", protocol, "--out", out, "--attacks", "fgsm",
+        "--device", "cpu", "--workers", 1,
+    )  # fmt: skip
+    cli(*arguments)
+    assert "0 steps computed" in cli(*arguments).out
+    content = torch.load(foreign, weights_only=True)  # noqa: TID251
+    content["data"][0][0] += 0.1
+    torch.save(content, foreign)
+    assert "3 steps computed" in cli(*arguments).out
+
+
+def test_several_images_in_one_count_as_many(cli, protocol, out, foreign, records_of):
+    answer = cli(
+        "evaluate", foreign, "--protocol", protocol, "--out", out, "--attacks", "fgsm",
+        "--factor", 2, "--device", "cpu", "--workers", 1,
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    (mine,) = [r for r in records_of(out, "distill") if r.distiller.name == "rdd-bench/file"]
+    assert (mine.ipc, mine.images, mine.notes["stored_images"]) == (8, 80, 20)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [
+        (torch.rand(20, 1, 9, 9), torch.arange(20) % 10, "has images of 9x9 and 1 channel; digits"),
+        (torch.rand(20, 3, 8, 8), torch.arange(20) % 10, "has images of 8x8 and 3 channels"),
+        (torch.rand(20, 1, 8, 8), torch.arange(20) % 20, "expected 0..9"),
+    ],
+)
+def test_a_set_for_other_data_is_refused(
+    cli, protocol, out, tmp_path, records_of, images, labels, says
+):
+    torch.save([images, labels], tmp_path / "set.pt")
+    answer = cli(
+        "evaluate", tmp_path / "set.pt", "--protocol", protocol, "--out", out, "--attacks",
+        "fgsm", "--device", "cpu", "--workers", 1,
+    )  # fmt: skip
+    assert answer.code == 1
+    assert says in answer.err
+
+
+def test_an_unbalanced_set_is_refused_before_anything_runs(cli, protocol, out, tmp_path):
+    torch.save([torch.rand(3, 1, 8, 8), torch.tensor([0, 1, 1])], tmp_path / "set.pt")
+    answer = cli("evaluate", tmp_path / "set.pt", "--protocol", protocol, "--out", out)
+    assert "1 images of class 0 and up to 2 of others" in answer.mistake
+    assert not out.exists()
+
+
+# attack ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(tiny, out, records_of, splits) -> dict[str, torch.Tensor]:
+    """The state_dict of a network of the tiny run."""
+    tiny("--seeds", "0")
+    (record,) = records_of(out, "train")
+    path = out / "networks" / f"{record.address}.safetensors"
+    options = {"depth": 1, "width": 4}
+    built = load_plugins().build("architecture", "convnet", options)
+    fresh = new_classifier(cast("Architecture[Any]", built), splits.spec, 0)
+    (model,) = networks_from_bytes(path.read_bytes(), [fresh], "networks")
+    return model.network.state_dict()
+
+
+def attack(cli: Any, path: Path, *more: Any) -> Any:
+    return cli(
+        "attack", path, "--architecture", "convnet", "--dataset", "digits", "--attacks",
+        "fgsm,pgd", "--eps", "16/255,0.5", "--set", "convnet.depth=1", "--set", "convnet.width=4",
+        "--device", "cpu", *more,
+    )  # fmt: skip
+
+
+def test_a_network_is_judged_as_in_a_run(cli, trained, out, records_of, tmp_path, splits):
+    torch.save({"state_dict": {f"module.{k}": v for k, v in trained.items()}}, tmp_path / "net.pt")
+    target = tmp_path / "verdict.json"
+    answer = attack(cli, tmp_path / "net.pt", "--output", target)
+    assert answer.code == 0, answer
+    verdicts = {(v["attack"], v["eps"]): v for v in json.loads(target.read_text())["verdicts"]}
+    assert len(verdicts) == 5
+    everything = verdicts["clean", None]
+    assert everything["n"] == 500  # all test images; the tiny protocol takes 40 of them
+    clean = unpack(everything["outcomes"], 500)
+    for key, verdict in verdicts.items():
+        assert not (unpack(verdict["outcomes"], 500) & ~clean).any(), key
+    assert verdicts["pgd", 0.5]["correct"] <= verdicts["fgsm", 16 / 255]["correct"]
+    assert "worst case" in answer.out
+    assert "linf 16/255" in answer.out
+    # FGSM draws nothing, so on the images of the tiny protocol its verdicts are those of the run.
+    (recorded,) = [r for r in records_of(out, "attack") if r.attack.name == "rdd-bench/fgsm"]
+    dataset = cast("Dataset[Any]", load_plugins().build("dataset", "digits", {}))
+    whole = load_splits(dataset, "digits", Source(None), (0, 0)).test.images
+    places = [int((whole == image).flatten(1).all(1).nonzero()[0]) for image in splits.test.images]
+    mine = unpack(verdicts["fgsm", 16 / 255]["outcomes"], 500)[places]
+    assert mine.tolist() == recorded.bitmaps()[0].tolist()
+
+
+def test_only_the_first_images_are_attacked_on_request(cli, trained, tmp_path):
+    torch.save(trained, tmp_path / "net.pt")
+    answer = attack(cli, tmp_path / "net.pt", "--limit", 30)
+    assert "on 30 test images" in answer.out
+
+
+def test_the_normalisation_it_was_trained_with_counts(cli, trained, tmp_path, splits):
+    torch.save(trained, tmp_path / "net.pt")
+    spec = splits.spec
+    given = attack(cli, tmp_path / "net.pt", "--mean", spec.mean[0], "--std", spec.std[0])
+    assert given.out == attack(cli, tmp_path / "net.pt").out
+    assert attack(cli, tmp_path / "net.pt", "--mean", 5).out != given.out
+    answer = attack(cli, tmp_path / "net.pt", "--mean", "0.1,0.2")
+    assert "--mean has 2 numbers; digits has 1 channels" in answer.mistake
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: {k: v for k, v in s.items() if "bias" not in k}, "it lacks "),
+        (lambda s: {**s, "extra.weight": torch.ones(2)}, "it has unknown extra.weight"),
+        (lambda s: {k: v[:2] for k, v in s.items()}, "and not (4, 1, 3, 3)"),
+        (lambda s: [1, 2], "holds list; expected a state_dict"),
+        (lambda s: {"epoch": 3}, "is no state_dict: it holds epoch"),
+    ],
+)
+def test_a_file_that_does_not_fit_says_why(cli, trained, tmp_path, change, says):
+    torch.save(change(trained), tmp_path / "net.pt")
+    answer = attack(cli, tmp_path / "net.pt")
+    assert says in answer.mistake
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--eps", "8"), "write 8/255 if you meant 8 grey levels"),
+        (("--eps", "eight"), "'eight' is not a budget"),
+        (("--attacks", "fgms"), "did you mean 'fgsm'?"),
+        (("--set", "dm.lr=1"), "--set names 'dm', which is not used here"),
+    ],
+)
+def test_a_mistake_is_found_before_the_network_is_read(cli, tmp_path, arguments, says):
+    (tmp_path / "net.pt").write_bytes(b"")
+    assert says in attack(cli, tmp_path / "net.pt", *arguments).mistake
+
+
+# lint -----------------------------------------------------------------------------------------
+
+
+def test_lint_says_what_a_set_is(cli, tiny, out, records_of):
+    tiny("--attacks", "fgsm")
+    (path,) = (out / "sets").glob("*.safetensors")
+    answer = cli("lint", path)
+    (record,) = records_of(out, "distill")
+    assert answer.code == 0
+    for text in ("10 of 8x8, 1 channel", "10, 1 images each", record.set_sha256, "[0, 1]"):
+        assert text in answer.out
+    assert f"{record.bytes:,}" in answer.out
+
+
+def test_lint_minds_what_is_to_be_minded(cli, tmp_path):
+    images = torch.rand(4, 1, 8, 8)
+    torch.save([images, torch.tensor([0, 0, 0, 1])], tmp_path / "a.pt")
+    answer = cli("lint", tmp_path / "a.pt")
+    assert answer.code == 1
+    assert "unbalanced: class 1 has 1" in answer.out
+    torch.save([images * 4 - 2, torch.tensor([0, 0, 1, 1])], tmp_path / "b.pt")
+    assert "probably normalised" in cli("lint", tmp_path / "b.pt").out
+
+
+# explain and verify ---------------------------------------------------------------------------
+
+
+def test_explain_prints_the_command_that_makes_the_same_cell(
+    cli, tiny, out, protocol, records_of, tmp_path, verdicts
+):
+    tiny("--distillers", "random,dm", "--set", "dm.iterations=3", "--set", "dm.batch_real=5")
+    (record,) = [
+        r for r in records_of(out, "attack")
+        if r.attack.name == "rdd-bench/pgd" and r.distill in
+        {d.address for d in records_of(out, "distill") if d.distiller.name == "rdd-bench/dm"}
+    ]  # fmt: skip
+    answer = cli("explain", out, record.address[:10], "--protocol", protocol)
+    assert answer.code == 0, answer
+    command = shlex.split(answer.out.strip().splitlines()[-1])
+    assert command[:2] == ["rdd-bench", "run"]
+    assert "dm.iterations=3" in command
+    again = tmp_path / "again"
+    cli(*command[1:], "--out", again, "--device", "cpu", "--workers", 1)
+    assert verdicts(again)[record.address] == verdicts(out)[record.address]
+
+
+def test_verify_makes_cells_again_and_finds_a_changed_verdict(cli, tiny, out, protocol, records_of):
+    tiny()
+    answer = cli("verify", out, "--cells", 5, "--protocol", protocol, "--device", "cpu")
+    assert answer.code == 0, answer
+    assert "2 of 2 cells are equal, image by image" in answer.out
+    # Somebody improves a number and its bitmap.
+    (record,) = [r for r in records_of(out, "attack") if r.attack.name == "rdd-bench/fgsm"]
+    path = out / "records" / f"{record.address}.json"
+    content = json.loads(path.read_text())
+    content["outcomes"] = [r for t in records_of(out, "train") for r in t.outcomes]
+    content["correct"] = [c for t in records_of(out, "train") for c in t.correct]
+    path.write_text(json.dumps(content))
+    answer = cli("verify", out, "--cells", 5, "--protocol", protocol, "--device", "cpu")
+    assert answer.code == 1
+    assert "of 80 verdicts of the attack step differ" in answer.out
+    assert "1 of 2 cells are equal" in answer.out
+
+
+def test_an_unknown_cell_and_another_protocol_are_refused(cli, tiny, out, protocol):
+    tiny("--attacks", "fgsm")
+    answer = cli("explain", out, "zzz", "--protocol", protocol)
+    assert "no finished cell has an address that begins with 'zzz'" in answer.mistake
+    protocol.write_text(protocol.read_text().replace("epochs = 3", "epochs = 4"))
+    answer = cli("verify", out, "--protocol", protocol)
+    assert "made under protocol tiny-v1 with other rules" in answer.mistake
