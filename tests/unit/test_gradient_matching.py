@@ -306,7 +306,13 @@ def test_the_defaults_are_the_papers():
         "iterations": 1000, "outer": None, "inner": None, "lr_img": 0.1, "momentum": 0.5,
         "lr_net": 0.01, "batch_real": 256, "batch_train": 256, "distance": "ours",
     }  # fmt: skip
-    assert DCConfig().model_dump() == {**shared, "init": "noise"}
+    assert DCConfig().model_dump() == {
+        **shared,
+        "init": "noise",
+        "curvature": 0.0,
+        "curvature_h": 3.0,
+        "curvature_form": "gradient",
+    }
     assert DSAConfig().model_dump() == {**shared, "init": "real", "augment": STRATEGY}
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,6 +31,7 @@ from rdd_bench.api import (
     Run,
     draw_augmentation,
 )
+from rdd_bench_builtin.distillers._class_gradients import ClassLoss, cross_entropy, real_gradients
 from rdd_bench_builtin.distillers._coreset import (
     choose_at_random,
     labels_of_classes,
@@ -47,9 +49,6 @@ SETTLING_IMAGES = 16
 
 WINDOW = 100
 """Networks over which the final loss is averaged."""
-
-CACHED_PIXELS = 2**14
-"""Pixels in one pass of real images on a CPU, 16 images of 32x32: about what its cache holds."""
 
 Distance = Literal["ours", "mse", "cosine"]
 
@@ -98,8 +97,11 @@ def condense(
     init: Literal["real", "noise"],
     augment: str,
     recipe: Recipe,
+    real_loss: ClassLoss | None = None,
 ) -> DistilledSet:
     """Run the algorithm above.
+
+    ``real_loss`` takes the place of the cross-entropy of real images, and only of these.
 
     Raises:
         Diverged: If the loss is no number, with the images of the network before.
@@ -112,6 +114,7 @@ def condense(
     optimizer = torch.optim.SGD([images], lr=options.lr_img, momentum=options.momentum)
     table = loops(task.ipc)
     outer, inner = options.outer or table[0], options.inner or table[1]
+    pull = match if real_loss is None else partial(match, real_loss=real_loss)
 
     def real_images(count: int) -> list[Tensor]:
         batches = [choose_at_random(members, count) for members in classes]
@@ -134,7 +137,7 @@ def condense(
                     settle_batch_norms(network, torch.cat(real_images(SETTLING_IMAGES)))
                 real = real_images(options.batch_real)
                 transforms = [draw_augmentation(augment, 1, size) for _ in classes]
-                loss, images.grad = match(network, real, images, transforms, options.distance, run)
+                loss, images.grad = pull(network, real, images, transforms, options.distance, run)
                 optimizer.step()
                 losses.append(loss)
             # After the last step nobody would look at the network any more.
@@ -159,6 +162,7 @@ def match(
     transforms: Sequence[Callable[[Tensor], Tensor]],
     distance: Distance,
     run: Run,
+    real_loss: ClassLoss = cross_entropy,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss of one step and its gradient.
 
@@ -172,6 +176,7 @@ def match(
         transforms: The augmentation of every class, for both kinds of images.
         distance: How gradients are compared.
         run: How many images may go through the network at once.
+        real_loss: Of the real images.
 
     Returns:
         The loss, a scalar summed over classes, and its gradient with respect to the synthetic
@@ -185,9 +190,9 @@ def match(
     losses: list[Tensor] = []
     gradients: list[Tensor] = []
     for label, transform in enumerate(transforms):
-        wanted = _real_gradients(network, transform(real[label]), label, parameters, run)
+        wanted = real_gradients(network, transform(real[label]), label, parameters, run, real_loss)
         images = synthetic[label].detach().requires_grad_()
-        error = _cross_entropy(network, transform(images), label) / len(images)
+        error = cross_entropy(network, transform(images), label) / len(images)
         own = torch.autograd.grad(
             error, parameters, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -230,30 +235,6 @@ DISTANCES: dict[Distance, Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def _cross_entropy(network: nn.Module, images: Tensor, label: int) -> Tensor:
-    """Return the sum of the losses of images of one class."""
-    labels = torch.full((len(images),), label, device=images.device)
-    return torch.nn.functional.cross_entropy(network(images), labels, reduction="sum")
-
-
-def _real_gradients(
-    network: nn.Module, images: Tensor, label: int, parameters: Sequence[nn.Parameter], run: Run
-) -> list[Tensor]:
-    """Return the gradients of the mean loss, added up over passes of bounded size."""
-    at_once = run.batch_size
-    if images.device.type == "cpu":
-        at_once = max(1, min(at_once, CACHED_PIXELS // images[0, 0].numel()))
-    total = [torch.zeros_like(parameter) for parameter in parameters]
-    for part in torch.split(images, at_once):
-        error = _cross_entropy(network, part, label) / len(images)
-        gradients = torch.autograd.grad(
-            error, parameters, allow_unused=True, materialize_grads=True
-        )
-        for summed, gradient in zip(total, gradients, strict=True):
-            summed += gradient
-    return total
 
 
 def _batch_norms(network: nn.Module) -> list[nn.Module]:

@@ -15,11 +15,6 @@ or made.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from rdd_bench.api import Config, DistillTask, RddBenchError, Run, draw_augmentation, seeded
+from rdd_bench_builtin.distillers import _kept
 from rdd_bench_builtin.distillers._coreset import DSA, Augmentation
 from rdd_bench_builtin.distillers._zca import fit_zca
 
@@ -109,7 +105,7 @@ def find_or_train_experts(
         for index in run.track(range(options.num_experts), "experts"):
             if store.holds(index):
                 continue
-            with seeded(_own_seed(f"{store.key}/{index}")):
+            with seeded(_kept.own_seed(f"{store.key}/{index}")):
                 snapshots = train_expert(task, run, options, objective, smoothing)
             diverged = (~torch.isfinite(snapshots).all(dim=1)).nonzero()
             if len(diverged):
@@ -178,29 +174,12 @@ class ExpertStore:
         Raises:
             RddBenchError: If there is a file under its name that is not this expert, whole.
         """
-        if not self.path(index).exists():
-            return False
-        try:
-            with safe_open(self.path(index), framework="pt") as file:
-                header = file.metadata() or {}
-                snapshots = file.get_tensor("snapshots") if "snapshots" in file.keys() else None  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise self._refuse(index, f"is truncated or no safetensors file ({error})") from None
-        if snapshots is None or header != self._header(index, header.get("sha256", "")):
-            raise self._refuse(index, "is another file")
-        if header["sha256"] != _digest(snapshots):
-            raise self._refuse(index, "does not have the content that was written")
-        return True
+        expected = f"expert {index + 1} of a trajectory cache"
+        return _kept.read(self.path(index), self._header(index), self.who, expected) is not None
 
     def write(self, index: int, snapshots: Tensor) -> None:
         """Keep an expert, (epochs + 1, p)."""
-        from safetensors.torch import save
-
-        data = save({"snapshots": snapshots}, self._header(index, _digest(snapshots)))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-            file.write(data)
-        os.replace(file.name, self.path(index))  # noqa: PTH105 - one call, and atomic
+        _kept.write(self.path(index), self._header(index), {"snapshots": snapshots})
 
     def snapshot(self, index: int, epoch: int) -> Tensor:
         """Read the weights of an expert after an epoch, (p,) on the CPU."""
@@ -208,14 +187,8 @@ class ExpertStore:
             row: Tensor = file.get_slice("snapshots")[epoch]
         return row
 
-    def _header(self, index: int, sha256: str) -> dict[str, str]:
-        return {"format": FORMAT, "key": self.key, "index": str(index), "sha256": sha256}
-
-    def _refuse(self, index: int, found: str) -> RddBenchError:
-        return RddBenchError(
-            f"{self.who}: {self.path(index)} {found}; expected expert {index + 1} of a "
-            "trajectory cache; delete it and run again"
-        )
+    def _header(self, index: int) -> dict[str, str]:
+        return {"format": FORMAT, "key": self.key, "index": str(index)}
 
 
 def _key(
@@ -231,28 +204,6 @@ def _key(
         "format": FORMAT,
         "options": options.model_dump(mode="json", include=names),
         "decisive": dict(decisive),
-        "architecture": [task.architecture.name, task.architecture.config.model_dump(mode="json")],
-        "train": task.spec.train_sha256 or _digest(task.train.images, task.train.labels),
-        "spec": [task.spec.shape, task.spec.mean, task.spec.std, task.spec.num_classes],
-        "seed": task.seed,
-        "code": [_source(it) for it in (_key, fit_zca, objective, type(task.architecture))],
+        "code": [_kept.source_of(it) for it in (_key, fit_zca, objective)],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _source(thing: Any) -> str:
-    path = getattr(sys.modules.get(thing.__module__), "__file__", None)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
-
-
-def _digest(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _own_seed(text: str) -> int:
-    """Return a seed that follows from ``text``: found or made, an expert is the same."""
-    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+    return _kept.key_of(task, task.architecture, parts)

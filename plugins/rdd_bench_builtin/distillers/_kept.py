@@ -1,0 +1,107 @@
+"""Tensors kept in the folder of a run, for what is costly and shared by several calls.
+
+What is kept must not depend on who asks first: whoever makes it draws under ``own_seed``, derived
+from the hash of all that decides it, so that a result is the same whether it was found or made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from rdd_bench.api import Architecture, DistillTask, RddBenchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read(
+    path: Path, header: Mapping[str, str], who: str, expected: str
+) -> dict[str, Tensor] | None:
+    """Return the tensors of a file after a look at every byte, or None if it is not there.
+
+    Args:
+        path: Where it is.
+        header: What was given when it was written.
+        who: The method, in messages.
+        expected: What the file is, in messages.
+
+    Raises:
+        RddBenchError: If there is a file under this name that is not this one, whole.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except SafetensorError as error:
+        problem = f"is truncated or no safetensors file ({error})"
+    else:
+        if found == {**header, "sha256": found.get("sha256", "")}:
+            if found["sha256"] == _digest_of_all(tensors):
+                return tensors
+            problem = "does not have the content that was written"
+        else:
+            problem = "is another file"
+    raise RddBenchError(f"{who}: {path} {problem}; expected {expected}; delete it and run again")
+
+
+def write(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors. The file appears under its name only when it is whole."""
+    from safetensors.torch import save
+
+    content = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(content, {**header, "sha256": _digest_of_all(content)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)  # noqa: PTH105 - one call, and atomic
+
+
+def key_of(task: DistillTask, architecture: Architecture[Any], parts: Mapping[str, Any]) -> str:
+    """Return the hash of a network, the data and the seed it is trained on, and other parts."""
+    everything = {
+        **parts,
+        "architecture": [architecture.name, architecture.config.model_dump(mode="json")],
+        "architecture_code": source_of(type(architecture)),
+        "train": task.spec.train_sha256 or digest(task.train.images, task.train.labels),
+        "spec": [task.spec.shape, task.spec.mean, task.spec.std, task.spec.num_classes],
+        "seed": task.seed,
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+
+def own_seed(text: str) -> int:
+    """Return a seed that follows from ``text``."""
+    return int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+
+
+def source_of(thing: Any) -> str:
+    """Return the hash of the file that defines a class or function; '' if there is none.
+
+    An edited method must not find what the version before has kept.
+    """
+    path = getattr(sys.modules.get(thing.__module__), "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def digest(*tensors: Tensor) -> str:
+    """Return the hash of types, shapes and content."""
+    result = hashlib.sha256()
+    for tensor in tensors:
+        result.update(repr((tensor.dtype, tuple(tensor.shape))).encode())
+        result.update(tensor.cpu().contiguous().numpy().data)
+    return result.hexdigest()
+
+
+def _digest_of_all(tensors: Mapping[str, Tensor]) -> str:
+    return digest(*(tensors[name] for name in sorted(tensors)))
