@@ -1,4 +1,7 @@
-"""The adapter changes nothing that the packages compute, and mends what they break."""
+"""The adapter changes nothing that the packages compute, and mends what they break.
+
+What our own APGD computes in their place is compared with them in test_apgd.py.
+"""
 
 import ast
 import contextlib
@@ -224,13 +227,16 @@ def test_equals_the_package_called_directly_on_the_whole_test_set(
     right = network(images).argmax(1) == labels
     assert 0 < (~right).sum() < 20  # Two batches are left.
     got = images.clone()
-    attack = make(seed=7, square_queries=30, iterations=iterations)
+    attack = make(seed=7, square_queries=30, iterations=iterations, engine="package")
     threat = Threat(norm, BUDGETS[norm])
     got[right] = attack.perturb(network, images[right], labels[right], threat, run)
     assert torch.equal(got, expected)
     robust = network(got).argmax(1) == labels
     assert torch.equal(robust, network(expected).argmax(1) == labels)
     assert 0 < robust.sum() < right.sum()
+    attack = make(seed=7, square_queries=30, iterations=iterations)
+    fast = attack.perturb(network, images[right], labels[right], threat, run)
+    assert torch.equal(network(fast).argmax(1) == labels[right], robust[right])
 
 
 STAND_IN = '''
@@ -285,7 +291,9 @@ def test_the_authors_package_is_preferred_and_driven_through_its_own_interface(
     folder = tmp_path / "site" / "autoattack"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text(STAND_IN)
-    (folder / "checks.py").write_text("from pyautoattack.checks import funcs\n")
+    (folder / "checks.py").write_text(
+        "from pyautoattack.checks import check_zero_gradients, funcs\n"
+    )
     record = tmp_path / "site" / "autoattack-0.1.dist-info"
     record.mkdir()
     (record / "METADATA").write_text("Metadata-Version: 2.1\nName: autoattack\nVersion: 0.1\n")
@@ -301,6 +309,7 @@ def test_the_authors_package_is_preferred_and_driven_through_its_own_interface(
             "package": "autoattack",
             "version": "0.1",
             "commit": "a392200",
+            "engine": "fast",
         }
     finally:
         for name in ("autoattack", "autoattack.checks"):
@@ -311,10 +320,12 @@ def test_the_authors_package_is_preferred_and_driven_through_its_own_interface(
 
 
 @pytest.mark.skipif(OFFICIAL_IS_THERE, reason="the authors' package would run")
-def test_says_which_package_ran():
-    assert make().provenance() == {
+@pytest.mark.parametrize("engine", ["fast", "package"])
+def test_says_which_package_and_which_engine_ran(engine):
+    assert make(engine=engine).provenance() == {
         "package": "pyautoattack",
         "version": importlib.metadata.version("pyautoattack"),
+        "engine": engine,
     }
 
 
