@@ -6,12 +6,15 @@ import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rdd_bench.errors import RddBenchError
 from rdd_bench.terminal import FRACTIONS, NAMES, NUMBERS, console, print_table, registry_for_users
+
+if TYPE_CHECKING:
+    from rdd_bench.registry import Registry
 
 DIFFERENT = 1
 
@@ -30,7 +33,7 @@ DEVICE = click.option(
 
 
 @click.command()
-@click.argument("file", type=FILE)
+@click.argument("path", metavar="FILE", type=FILE)
 @PROTOCOL
 @click.option("--datasets", type=NAMES, help="Data set it was distilled from.")
 @click.option("--architectures", type=NAMES, help="Networks to train on it.")
@@ -50,7 +53,7 @@ DEVICE = click.option(
 @click.option("--workers", type=click.IntRange(min=1), help="Processes.")
 @DEVICE
 @DATA_ROOT
-def evaluate(file: Path, **given: Any) -> None:
+def evaluate(path: Path, **given: Any) -> None:
     r"""Judge a distilled set that another program made, beside random real images.
 
     Reads result files of DC, DSA and DM (res_*.pt), pairs as MTT's images_best.pt and
@@ -68,17 +71,17 @@ def evaluate(file: Path, **given: Any) -> None:
     from rdd_bench.runner import Settings, default_out
     from rdd_bench.session import run_and_report
 
-    found = read_set(file, given["repetition"] or 0)
+    found = read_set(path, given["repetition"] or 0)
     options = {
         name: given[name]
         for name in ("factor", "space", "repetition", "lr", "augment")
         if given[name] is not None
     }
-    ipc = _images_per_class(found.labels, file) * (given["factor"] or 1) ** 2
-    protocol = load_protocol(given["protocol"])
-    label = f"file:{file}"
+    ipc = _images_per_class(found.labels, path) * (given["factor"] or 1) ** 2
+    protocol, registry = load_protocol(given["protocol"]), registry_for_users()
+    label = f"{_importer(registry)}:{path}"
     methods = [label, *([protocol.control] if protocol.control else [])]
-    for line in (f"{file}: {found.format}, {ipc} images per class", *found.remarks):
+    for line in (f"{path}: {found.format}, {ipc} images per class", *found.remarks):
         click.echo(line, err=True)
     selected = ("datasets", "architectures", "attacks", "tracks", "seeds")
     selection = Selection(
@@ -87,7 +90,6 @@ def evaluate(file: Path, **given: Any) -> None:
         options={label: options} if options else {},
         **{name: given[name] for name in selected},
     )
-    registry = registry_for_users()
     settings = Settings(
         out=given["out"] or default_out(protocol.name),
         device=given["device"],
@@ -95,6 +97,16 @@ def evaluate(file: Path, **given: Any) -> None:
         source=Source(given["data_root"]),
     )
     sys.exit(run_and_report(make_plan(protocol, selection, registry), settings, registry))
+
+
+def _importer(registry: Registry) -> str:
+    """Return the name of the distiller that reads files."""
+    found = [o.name for o in registry.of_kind("distiller") if getattr(o.cls, "imports", False)]
+    if not found:
+        raise RddBenchError(
+            "no plugin reads distilled sets from files; 'rdd-bench plugins' says why"
+        )
+    return found[0]
 
 
 def _images_per_class(labels: Any, file: Path) -> int:
@@ -201,8 +213,8 @@ def attack(checkpoint: Path, **given: Any) -> None:
 
 
 @click.command()
-@click.argument("file", type=FILE)
-def lint(file: Path) -> None:
+@click.argument("path", metavar="FILE", type=FILE)
+def lint(path: Path) -> None:
     r"""Look at a distilled set without training on it.
 
     Says its format, size, class balance, pixel range, what clipping and 8-bit pictures would
@@ -213,8 +225,8 @@ def lint(file: Path) -> None:
     """
     from rdd_bench.lint import lint as facts_of
 
-    facts = facts_of(file)
-    print_table(str(file), ["Fact", "Found", "Mind"], facts)
+    facts = facts_of(path)
+    print_table(str(path), ["Fact", "Found", "Mind"], facts)
     if any(mind for _, _, mind in facts):
         sys.exit(DIFFERENT)
 

@@ -238,6 +238,9 @@ class Distiller(Component[ConfigT]):
     role: ClassVar[Role] = "method"
     """'baseline' for coresets; 'reference' for rows that are no distilled set at all (whole
     data): made once whatever the IPC, and trained by their own recipe in every track."""
+    imports: ClassVar[bool] = False
+    """Whether it only reads a set, from the path that its argument names: what
+    ``rdd-bench evaluate`` uses."""
 
     @abstractmethod
     def distill(self, task: DistillTask, run: Run) -> DistilledSet:

@@ -86,6 +86,7 @@ class File(Distiller[FileConfig]):
 
     name = "file"
     argument = "path"
+    imports = True
     info = Info(title="Imported set", licence="MIT", origin="made elsewhere; see the notes")
 
     def distill(self, task: DistillTask, run: Run) -> DistilledSet:  # noqa: ARG002
