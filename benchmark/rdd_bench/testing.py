@@ -14,6 +14,7 @@ distribution offers is checked with its smoke options on small real images.
 
 from __future__ import annotations
 
+import functools
 import random
 import tempfile
 from collections.abc import Callable, Iterator
@@ -258,6 +259,7 @@ def _training_data_untouched(offer: Offer, _: Registry) -> None:
 def _or_says_why(rule: Rule) -> Rule:
     """Let a distiller pass that says in one sentence why it cannot serve the small images."""
 
+    @functools.wraps(rule)
     def applied(offer: Offer, registry: Registry) -> None:
         try:
             rule(offer, registry)

@@ -205,6 +205,19 @@ def test_an_invalid_set_is_caught(change, found):
     assert found in says(testing._valid_set, distiller(change))
 
 
+def test_a_distiller_that_needs_something_says_so_in_one_sentence():
+    def refuse(reason):
+        def raising(*_):
+            raise NotApplicable(reason)
+
+        return distiller(raising)
+
+    # The rule as the contract applies it; by itself it would let the reason through.
+    (rule, *_) = (rule for _, rule in GOOD["distiller"][1] if rule.__name__ == "_valid_set")
+    apply(rule, refuse("it needs a file"))
+    assert "not one sentence" in says(rule, refuse("it needs\na file"))
+
+
 def test_a_reference_without_a_recipe_is_caught():
     broken = distiller(lambda made, _: made, role="reference")
     assert "recipe" in says(testing._valid_set, broken)
