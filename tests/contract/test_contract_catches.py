@@ -206,8 +206,8 @@ def test_an_invalid_set_is_caught(change, found):
 
 
 def test_a_distiller_that_needs_something_says_so_in_one_sentence():
-    def refuse(reason):
-        def raising(*_):
+    def refuse(reason: str) -> type[Distiller[Any]]:
+        def raising(*_: Any) -> None:
             raise NotApplicable(reason)
 
         return distiller(raising)
