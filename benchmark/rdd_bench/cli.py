@@ -149,7 +149,8 @@ def run(**given: Any) -> None:  # fmt: skip
         source=Source(given["data_root"], given["download"]),
         fresh=given["fresh"],
     )
-    sys.exit(run_and_report(plan, settings, registry))
+    if status := run_and_report(plan, settings, registry):
+        sys.exit(status)
 
 
 @cli.command("list")

@@ -96,7 +96,9 @@ def evaluate(path: Path, **given: Any) -> None:
         workers=given["workers"],
         source=Source(given["data_root"]),
     )
-    sys.exit(run_and_report(make_plan(protocol, selection, registry), settings, registry))
+    plan = make_plan(protocol, selection, registry)
+    if status := run_and_report(plan, settings, registry):
+        sys.exit(status)
 
 
 def _importer(registry: Registry) -> str:
