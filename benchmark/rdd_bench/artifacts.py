@@ -71,7 +71,8 @@ def set_to_bytes(distilled: DistilledSet, card: dict[str, Any]) -> bytes:
         "notes": json.dumps(dict(distilled.notes)),
         "card": json.dumps(card),
     }
-    tensors = {name: tensor.contiguous() for name, tensor in on_cpu(distilled).tensors.items()}
+    # Cloned, because safetensors refuses tensors that share their storage.
+    tensors = {name: t.contiguous().clone() for name, t in on_cpu(distilled).tensors.items()}
     return save(tensors, metadata=header)
 
 
@@ -85,11 +86,14 @@ def set_from_bytes(data: bytes, origin: str) -> DistilledSet:
     header = _header(data)
     if header.get("format") != FORMAT or not {"images", "labels"} <= set(tensors):
         raise RddBenchError(f"{origin} is not a distilled set of rdd-bench (format {FORMAT})")
-    recipe = Recipe.model_validate_json(header["recipe"]) if header["recipe"] else None
     try:
+        recipe = Recipe.model_validate_json(header["recipe"]) if header["recipe"] else None
         return _assemble(tensors, recipe, json.loads(header["notes"]))
-    except TypeError as error:
-        raise RddBenchError(f"{origin} is not whole: {error}") from None
+    except (TypeError, KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise RddBenchError(
+            f"{origin} is not whole, or from a newer rdd-bench ({reason})"
+        ) from None
 
 
 def networks_to_bytes(models: Sequence[Classifier]) -> bytes:
@@ -111,8 +115,10 @@ def networks_from_bytes(data: bytes, fresh: Sequence[Classifier], origin: str) -
     for position, model in enumerate(fresh):
         if whitening is not None:
             model.preprocess = Whiten(whitening)
+        else:
+            model.preprocess.load_state_dict(_parts(tensors, "preprocess/"))
         prefix = f"{position}/"
-        state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        state = _parts(tensors, prefix)
         try:
             model.network.load_state_dict(state)
         except RuntimeError as error:
@@ -120,6 +126,10 @@ def networks_from_bytes(data: bytes, fresh: Sequence[Classifier], origin: str) -
             raise RddBenchError(f"{origin} does not fit the architecture: {reason}") from None
         model.eval().requires_grad_(requires_grad=False)
     return list(fresh)
+
+
+def _parts(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _load(data: bytes, origin: str) -> dict[str, Tensor]:

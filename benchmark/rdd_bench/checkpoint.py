@@ -40,6 +40,8 @@ class Verdict:
     correct: Tensor
     """Which test images are right, (n,) booleans."""
     flags: list[Flag] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+    """What the attack has to say, such as a library's warnings or a median distance."""
     error: str = ""
     """Why the attack could not be run."""
 
@@ -61,6 +63,7 @@ class Verdict:
             "correct": int(self.correct.sum()),
             "outcomes": pack(self.correct.cpu().numpy()),
             "flags": [flag.model_dump(mode="json") for flag in self.flags],
+            "messages": self.messages,
             "error": self.error,
         }
 
@@ -170,17 +173,21 @@ def judge(
         )
         for threat in threats:
             for label, attack in attacks:
+                nothing = torch.zeros(0, dtype=torch.bool)
                 if threat.norm not in attack.norms:
+                    known = ", ".join(sorted(attack.norms))
+                    verdicts.append(Verdict(label, threat, nothing, error=f"works in {known}"))
                     continue
                 try:
                     judged = robustness.attack_models(
                         [model], test, attack, threat, [0], run, f"attack '{label}'"
                     )
                 except NotApplicable as reason:
-                    nothing = torch.zeros(0, dtype=torch.bool)
                     verdicts.append(Verdict(label, threat, nothing, error=str(reason)))
                     continue
-                verdicts.append(Verdict(label, threat, judged.robust[0], judged.flags))
+                verdicts.append(
+                    Verdict(label, threat, judged.robust[0], judged.flags, judged.messages)
+                )
     return verdicts
 
 

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from rdd_bench.errors import ContractError
 from rdd_bench.hashing import canonical_json
-from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Recipe, Splits, Views
+from rdd_bench.types import (
+    DatasetSpec,
+    DistilledSet,
+    LabelledImages,
+    Recipe,
+    Splits,
+    Views,
+    Whitening,
+)
 
 
 def check_splits(splits: Any, who: str) -> Splits:
@@ -83,6 +91,9 @@ def _check_extras(distilled: DistilledSet, spec: DatasetSpec, who: str) -> None:
     for name in (distilled.recipe.uses if distilled.recipe else None) or ():
         if getattr(distilled, name) is None:
             raise ContractError(who, f"the recipe uses {name}, which the set lacks", f"{name}")
+    for value, kind in ((distilled.whitening, Whitening), (distilled.views, Views)):
+        if not isinstance(value, kind | None):
+            raise ContractError(who, f"a {type(value).__name__} for {kind.__name__}", "one or None")
     count, pixels = len(distilled), spec.shape[0] * spec.shape[1] * spec.shape[2]
     if distilled.whitening is not None:
         _check_floats(distilled.whitening.mean, "whitening.mean", (pixels,), who)

@@ -164,8 +164,8 @@ def attack(checkpoint: Path, **given: Any) -> None:
     def build(kind: str, text: str) -> Any:
         return registry.build(kind, text, options.pop(text, {}))
 
-    architecture, dataset = build("architecture", given["architecture"]), None
-    attacks = [(name, build("attack", name)) for name in given["attacks"]]
+    architecture = build("architecture", given["architecture"])
+    attacks = [(name, build("attack", name)) for name in dict.fromkeys(given["attacks"])]
     if not any(given["norm"] in each.norms for _, each in attacks):
         raise RddBenchError(f"none of {', '.join(given['attacks'])} works in {given['norm']}")
     dataset = build("dataset", given["dataset"])
@@ -192,7 +192,8 @@ def attack(checkpoint: Path, **given: Any) -> None:
     rows = []
     for verdict in [*verdicts, *worst_cases(verdicts)]:
         low, high = verdict.interval()
-        notes = "; ".join(flag.message for flag in verdict.flags) or verdict.error
+        said = [*(flag.message for flag in verdict.flags), *verdict.messages, verdict.error]
+        notes = "; ".join(filter(None, said))
         rows.append(
             (
                 verdict.attack,

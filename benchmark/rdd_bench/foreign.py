@@ -17,6 +17,7 @@ Programs that store several small images in one (IDM, BACON) need their decoder:
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,8 @@ def read_set(path: Path, repetition: int = 0) -> ForeignSet:
             remarks = ("chosen by accuracy on the test images by the program that made it",)
     else:
         images, labels, kind = _pair_in(content, repetition, path)
-    return ForeignSet(
-        *_checked(images, labels, path), kind, normalised=_looks_normalised(images), remarks=remarks
-    )
+    images, labels = _checked(images, labels, path)
+    return ForeignSet(images, labels, kind, _looks_normalised(images), remarks)
 
 
 def read_pickle(path: Path) -> Any:
@@ -100,7 +100,8 @@ def read_pickle(path: Path) -> Any:
         with torch.serialization.safe_globals(_numbers_of_numpy()):
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # noqa: BLE001 - a damaged file makes the reader raise anything
-        if isinstance(error, pickle.UnpicklingError) and "nsupported" in str(error):
+        wants_code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
+        if isinstance(error, pickle.UnpicklingError) and wants_code:
             raise RddBenchError(
                 f"{path} holds more than tensors, numbers and texts, so reading it would run code "
                 "from the file; it is refused. Save images and labels as plain tensors"
@@ -215,7 +216,9 @@ def _checked(images: Tensor, labels: Tensor, path: Path) -> tuple[Tensor, Tensor
         images = images.float() / 255
     if not torch.isfinite(images).all():
         raise RddBenchError(f"{path}: images have NaN or infinite pixels")
-    if len(labels) != len(images) or labels.ndim not in (1, 2):
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.ndim not in (1, 2) or len(labels) != len(images):
         raise RddBenchError(
             f"{path}: labels of shape {tuple(labels.shape)} for {len(images)} images; expected "
             f"({len(images)},) or ({len(images)}, classes)"

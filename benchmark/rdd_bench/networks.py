@@ -38,12 +38,13 @@ class Whiten(nn.Module):
 
     mean: Tensor
     matrix: Tensor
+    _inverse: Tensor
 
     def __init__(self, whitening: Whitening) -> None:
         super().__init__()
-        self._whitening = whitening
         self.register_buffer("mean", whitening.mean)
         self.register_buffer("matrix", whitening.matrix)
+        self.register_buffer("_inverse", whitening.inverse, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         flat = (pixels.flatten(1) - self.mean) @ self.matrix
@@ -51,7 +52,8 @@ class Whiten(nn.Module):
 
     def inverse(self, whitened: Tensor) -> Tensor:
         """Return the pixels of whitened images."""
-        return self._whitening.invert(whitened)
+        flat = whitened.flatten(1) @ self._inverse + self.mean
+        return flat.view_as(whitened)
 
 
 class Classifier(nn.Module):

@@ -13,6 +13,7 @@ from rdd_bench.plan import AttackStep, Plan, Selection, make_plan
 from rdd_bench.protocol import Options, Protocol
 from rdd_bench.records import AnyRecord, AttackRecord, Component, DistillRecord, TrainRecord
 from rdd_bench.registry import Registry
+from rdd_bench.types import format_eps
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,7 @@ class Cell:
         ipc = f" ipc {self.distill.ipc}" if self.distill.ipc else ""
         track = "" if self.train.track in ("natural", "reference") else f" ({self.train.track})"
         return (
-            f"{self.attack.attack.label} {self.attack.norm} {self.attack.eps * 255:g}/255 on "
+            f"{self.attack.attack.label} {self.attack.norm} {format_eps(self.attack.eps)} on "
             f"{self.train.architecture.label} of {self.distill.distiller.label}{ipc}{track}"
         )
 
@@ -89,7 +90,7 @@ def selection_of(cell: Cell, protocol: Protocol, registry: Registry) -> Selectio
         distillers=[_name(cell.distill.distiller)],
         architectures=[_name(cell.train.architecture)],
         attacks=[_name(cell.attack.attack)],
-        datasets=[cell.distill.dataset],
+        datasets=[cell.distill.dataset.split(" [")[0]],
         ipc=[cell.distill.ipc or protocol.ipc[0]],
         seeds=cell.train.seeds,
         distill_seeds=[cell.distill.seed],
@@ -99,6 +100,7 @@ def selection_of(cell: Cell, protocol: Protocol, registry: Registry) -> Selectio
     options: Options = {}
     for recorded, planned in (
         (cell.distill.distiller, step.train.distill.distiller.component),
+        (cell.distill.architecture, step.train.distill.architecture.component),
         (cell.train.architecture, step.train.architecture.component),
         (cell.attack.attack, step.attack.component),
     ):
@@ -108,7 +110,7 @@ def selection_of(cell: Cell, protocol: Protocol, registry: Registry) -> Selectio
             if planned.options.get(key) != value
         }
         if changed:
-            options[_name(recorded)] = changed
+            options[_name(recorded)] = options.get(_name(recorded), {}) | changed
     return replace(selection, options=options)
 
 

@@ -147,8 +147,11 @@ class Worker:
             files = {error_path(step.address): traceback.format_exc().encode()}
             if isinstance(error, Diverged):
                 path = last_good_path(step.address)
-                files[path] = artifacts.set_to_bytes(error.last_good, card={"error": sentence})
-                sentence = f"{sentence}. The last good set is kept in {path}"
+                try:
+                    files[path] = artifacts.set_to_bytes(error.last_good, card={"error": sentence})
+                    sentence = f"{sentence}. The last good set is kept in {path}"
+                except Exception as lost:  # noqa: BLE001 - whatever a plugin called a set
+                    sentence = f"{sentence}. The last good set could not be kept ({lost})"
             record = self._failure(step, "failed", " ".join(sentence.split()))
             return Result(record, files)
 
@@ -403,14 +406,16 @@ def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
 
 def _counted(architecture: Architecture[Any], passes: PassCounter) -> Architecture[Any]:
     """Return the architecture with every network that it builds counting its passes."""
-    counted, build = copy.copy(architecture), architecture.build
+    cls = type(architecture)
 
-    def build_and_attach(spec: DatasetSpec) -> nn.Module:
-        network = build(spec)
+    def build(self: Architecture[Any], spec: DatasetSpec) -> nn.Module:
+        network = cls.build(self, spec)
         passes.attach(network)
         return network
 
-    counted.build = build_and_attach  # type: ignore[method-assign]
+    # A subclass, because a method may build the architecture with other options.
+    counted = copy.copy(architecture)
+    counted.__class__ = type(cls.__name__, (cls,), {"build": build, "__module__": cls.__module__})
     return counted
 
 

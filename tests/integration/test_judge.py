@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from PIL import Image
 
 from rdd_bench.artifacts import networks_from_bytes, set_from_bytes
 from rdd_bench.components import Architecture, Dataset, Source
@@ -16,6 +17,7 @@ from rdd_bench.data import load_splits
 from rdd_bench.outcomes import unpack
 from rdd_bench.registry import load_plugins
 from rdd_bench.training import new_classifier
+from rdd_bench_builtin.distillers.file import FileConfig, content_hash
 
 
 @pytest.fixture
@@ -108,6 +110,48 @@ def test_an_unbalanced_set_is_refused_before_anything_runs(cli, protocol, out, t
     answer = cli("evaluate", tmp_path / "set.pt", "--protocol", protocol, "--out", out)
     assert "1 images of class 0 and up to 2 of others" in answer.mistake
     assert not out.exists()
+
+
+def folders(path: Path, names: list[str]) -> Path:
+    for k, name in enumerate(names):
+        (path / name).mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * k).save(path / name / "0.png")
+    return path
+
+
+def test_folders_are_classes_by_name_or_by_number(cli, protocol, out, tmp_path, records_of):
+    arguments = ("--protocol", protocol, "--out", out, "--attacks", "fgsm", "--device", "cpu")
+    numbers = folders(tmp_path / "numbers", [str(k) for k in range(10)])
+    assert cli("evaluate", numbers, *arguments, "--workers", 1).code == 0
+    names = folders(tmp_path / "names", [f"class {k}" for k in range(10)])
+    answer = cli("evaluate", names, *arguments, "--workers", 1)
+    assert answer.code == 1
+    assert "the folders class 0, class 1, class 2 are no classes of digits" in answer.err
+
+
+def test_a_renamed_folder_is_another_set(tmp_path):
+    before = content_hash(folders(tmp_path / "a", ["0", "1"]))
+    assert content_hash(folders(tmp_path / "b", ["0", "1"])) == before
+    assert content_hash(folders(tmp_path / "c", ["0", "2"])) != before
+
+
+def test_a_file_that_changes_after_planning_is_refused(foreign):
+    planned = FileConfig(path=str(foreign))
+    assert FileConfig(**planned.model_dump()) == planned
+    foreign.write_bytes(foreign.read_bytes() + b"x")
+    with pytest.raises(ValueError, match="has changed since the run was planned"):
+        FileConfig(**planned.model_dump())
+
+
+def test_options_that_would_do_nothing_are_refused(cli, tiny, out, protocol, tmp_path):
+    tiny("--attacks", "fgsm")
+    (path,) = (out / "sets").glob("*.safetensors")
+    answer = cli(
+        "evaluate", path, "--protocol", protocol, "--out", tmp_path / "b", "--lr", 0.1,
+        "--workers", 1, "--device", "cpu",
+    )  # fmt: skip
+    assert answer.code == 1
+    assert "says itself what it is; leave out lr" in answer.err
 
 
 # attack ---------------------------------------------------------------------------------------
@@ -248,6 +292,16 @@ def test_explain_prints_the_command_that_makes_the_same_cell(
     again = tmp_path / "again"
     cli(*command[1:], "--out", again, "--device", "cpu", "--workers", 1)
     assert verdicts(again)[record.address] == verdicts(out)[record.address]
+
+
+def test_explain_knows_the_options_of_the_network_that_distilled(
+    cli, tiny, out, protocol, records_of
+):
+    tiny("--architectures", "mlp", "--set", "convnet.width=3", "--attacks", "fgsm")
+    (record,) = records_of(out, "attack")
+    answer = cli("explain", out, record.address[:8], "--protocol", protocol)
+    assert "convnet.width=3" in answer.out
+    assert "made by other code" not in answer.out
 
 
 def test_verify_makes_cells_again_and_finds_a_changed_verdict(cli, tiny, out, protocol, records_of):

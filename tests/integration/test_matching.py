@@ -145,6 +145,27 @@ def test_a_whitened_network_comes_back_with_its_whitening(tiny, out, records_of)
     assert right == record.correct
 
 
+@pytest.mark.parametrize("method", ["mtt", "sre2l", "guard"])
+def test_the_passes_of_every_network_are_counted(tiny, out, records_of, method):
+    options = quick("mtt") if method == "mtt" else smoke_options(method)
+    tiny("--distillers", method, "--attacks", "fgsm", *options)
+    (record,) = [r for r in records_of(out, "distill") if method in r.distiller.name]
+    assert record.forward > 100
+    assert record.backward > 100
+
+
+def smoke_options(method: str) -> list[str]:
+    smoke = load_plugins().find("distiller", method).cls.smoke
+    return [word for name, value in smoke.items() for word in ("--set", f"{method}.{name}={value}")]
+
+
+def test_a_last_good_set_that_cannot_be_kept_does_not_end_the_run(tiny, plant, out, records_of):
+    plant("distiller", "raise Diverged('it ran away', None)")
+    answer = tiny("--distillers", "planted,random", "--attacks", "fgsm")
+    sentence = the_failure(answer, out, records_of)
+    assert sentence.startswith("it ran away. The last good set could not be kept")
+
+
 def test_a_track_that_the_protocol_does_not_describe_is_refused(tiny, out):
     answer = tiny("--tracks", "adversarial")
     assert "protocol tiny-v1 has no section [adversarial]" in answer.mistake

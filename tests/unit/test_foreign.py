@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from rdd_bench.artifacts import set_to_bytes
 from rdd_bench.errors import RddBenchError
 from rdd_bench.foreign import read_pickle, read_set, unfold
-from rdd_bench.types import DistilledSet
+from rdd_bench.types import DistilledSet, Recipe
 
 IMAGES = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(6) % 3
@@ -81,6 +82,36 @@ def test_pixels_of_zero_to_one_and_bytes_are_not_taken_for_normalised(tmp_path):
     whole = (255 * IMAGES.sigmoid()).to(torch.uint8)
     found = read_set(saved(tmp_path / "b.pt", [whole, LABELS]))
     assert torch.equal(found.images, whole.float() / 255)
+    assert not found.normalised
+
+
+def test_a_column_of_labels_is_taken_for_what_it_is(tmp_path):
+    found = read_set(saved(tmp_path / "a.pt", [IMAGES, LABELS.unsqueeze(1)]))
+    assert torch.equal(found.labels, LABELS)
+    with pytest.raises(RddBenchError, match=r"labels of shape \(\) for 6 images"):
+        read_set(saved(tmp_path / "b.pt", [IMAGES, torch.tensor(3)]))
+
+
+def test_a_page_that_was_saved_instead_is_not_accused_of_code(tmp_path):
+    (tmp_path / "a.pt").write_text("<html><body>404</body></html>")
+    with pytest.raises(RddBenchError, match=r"no file of torch\.save, or a truncated one"):
+        read_set(tmp_path / "a.pt")
+
+
+def test_a_set_of_a_newer_version_is_one_sentence(tmp_path):
+    data = set_to_bytes(DistilledSet(IMAGES, LABELS, Recipe()), {})
+    path = tmp_path / "set.safetensors"
+    path.write_bytes(data.replace(b"epochs", b"ehcops"))
+    with pytest.raises(RddBenchError, match="not whole, or from a newer rdd-bench"):
+        read_set(path)
+
+
+def test_tensors_that_share_their_storage_are_stored(tmp_path):
+    both = torch.arange(6)
+    made = DistilledSet(IMAGES, both, weights=IMAGES[:, 0, 0, 0])
+    path = tmp_path / "set.safetensors"
+    path.write_bytes(set_to_bytes(replace(made, labels=both[:]), {}))
+    assert torch.equal(read_set(path).labels, both)
 
 
 def test_logits_become_probabilities_and_probabilities_stay(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from hypothesis import strategies as st
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.plan import AttackStep, Selection, make_plan
 from rdd_bench.protocol import DEFAULT, load_protocol, names, parse_protocol
+from rdd_bench.records import EnvironmentRecord
 from rdd_bench.registry import Registry, load_plugins
+from rdd_bench.store import read_records
 from rdd_bench.types import Threat, format_eps, parse_eps
+
+PUBLISHED = Path(__file__).parents[2] / "leaderboard" / "results"
 
 VALID = """
 name = "mine-v1"
@@ -223,3 +228,16 @@ def test_what_is_run_does_not_change_the_protocol(selection):
 def test_what_decides_numbers_changes_the_protocol(rule):
     changed = parse_protocol(values(**rule), "changed")
     assert changed.sha256 != load_protocol(DEFAULT).sha256
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(p for p in PUBLISHED.glob("*/*.jsonl") if p.stem != "environments"),
+    ids=lambda p: p.stem,
+)
+def test_published_records_obey_the_protocol_that_is_shipped(path):
+    records, problems = read_records([path])
+    assert problems == []
+    steps = [record for record in records if not isinstance(record, EnvironmentRecord)]
+    assert steps
+    assert {record.protocol_sha256 for record in steps} == {load_protocol(path.parent.name).sha256}

@@ -146,7 +146,7 @@ def condense(
                     _train(network, images, options, inner, augment)
         # Reading a loss waits for the device, so it is done once a network.
         values = torch.stack(losses).tolist()
-        if problem := _problem(values, iteration):
+        if problem := _problem(values, iteration, images):
             raise Diverged(f"{who}: {problem}", as_set(good, {}))
         means.append(sum(values) / outer)
 
@@ -289,12 +289,14 @@ def _initial_images(task: DistillTask, classes: Sequence[Tensor], init: str) -> 
     return task.normalise(task.train.images[chosen].cpu()).reshape(shape)
 
 
-def _problem(losses: Sequence[float], iteration: int) -> str | None:
-    """Return the first loss of this iteration that is no number."""
+def _problem(losses: Sequence[float], iteration: int, images: Tensor) -> str | None:
+    """Return the first loss of this iteration that is no number, or that the images are none."""
     for step, loss in enumerate(losses):
         if not math.isfinite(loss):
             return (
                 f"the matching loss of iteration {iteration + 1}, step {step + 1} is {loss}; "
                 "expected a finite number; lower the option lr_img or lr_net"
             )
+    if not torch.isfinite(images).all():
+        return f"the images of iteration {iteration + 1} are not all finite; lower lr_img or lr_net"
     return None

@@ -86,12 +86,17 @@ def own_seed(text: str) -> int:
 
 
 def source_of(thing: Any) -> str:
-    """Return the hash of the file that defines a class or function; '' if there is none.
+    """Return the hash of the file that defines a class or function, and of the private ones beside.
 
-    An edited method must not find what the version before has kept.
+    '' if there is none. An edited method must not find what the version before has kept.
     """
     path = getattr(sys.modules.get(thing.__module__), "__file__", None)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+    if not path:
+        return ""
+    result = hashlib.sha256(Path(path).read_bytes())
+    for private in sorted(Path(path).parent.glob("_[!_]*.py")):
+        result.update(private.read_bytes())
+    return result.hexdigest()
 
 
 def digest(*tensors: Tensor) -> str:

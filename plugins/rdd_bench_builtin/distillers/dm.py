@@ -115,7 +115,7 @@ class DM(Distiller[DMConfig]):
                 recent[iteration % WINDOW] = loss
                 # Reading a loss waits for the device, so it is done once in a while.
                 if (iteration + 1) % WINDOW == 0 or iteration + 1 == options.iterations:
-                    if problem := _problem(recent, iteration):
+                    if problem := _problem(recent, iteration, images):
                         raise Diverged(f"{self.name}: {problem}", self._as_set(task, good))
                     good = images.clone()
 
@@ -203,8 +203,11 @@ def _mixes_images(network: nn.Module) -> bool:
     return any(isinstance(module, batch_norm) for module in network.modules())
 
 
-def _problem(recent: Tensor, iteration: int) -> str | None:
-    """Return the first loss of the window, which ends at ``iteration``, that is no number."""
+def _problem(recent: Tensor, iteration: int, images: Tensor) -> str | None:
+    """Return the first loss of the window, which ends at ``iteration``, that is no number.
+
+    Or say that the images are none, which the loss would show only in the next iteration.
+    """
     last = iteration % WINDOW
     for position, loss in enumerate(recent[: last + 1].tolist()):
         if not math.isfinite(loss):
@@ -212,6 +215,8 @@ def _problem(recent: Tensor, iteration: int) -> str | None:
                 f"the loss of iteration {iteration - last + position + 1} is {loss}; "
                 "expected a finite number; lower the option lr"
             )
+    if not torch.isfinite(images).all():
+        return f"the images of iteration {iteration + 1} are not all finite; lower the option lr"
     return None
 
 

@@ -63,7 +63,10 @@ class FileConfig(Config):
     def _hash_the_content(cls, values: Any) -> Any:
         if not isinstance(values, dict) or not values.get("path"):
             return values
-        return {**values, "sha256": content_hash(Path(str(values["path"])))}
+        found = content_hash(Path(str(values["path"])))
+        if values.get("sha256", found) != found:
+            raise ValueError(f"{values['path']} has changed since the run was planned; run again")
+        return {**values, "sha256": found}
 
 
 def content_hash(path: Path) -> str:
@@ -75,7 +78,7 @@ def content_hash(path: Path) -> str:
         files = [file for file in dict.fromkeys((path, labels)) if file.is_file()]
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.name.encode())
+        digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest() if files else ""
@@ -101,6 +104,7 @@ class File(Distiller[FileConfig]):
             raise NotApplicable("file needs the set to read; write file:PATH")
         found = read_set(Path(options.path), options.repetition)
         if found.complete is not None:
+            _refuse_what_does_nothing(options)
             return found.complete
         images = unfold(found.images, options.factor) if options.factor > 1 else found.images
         labels = found.labels.repeat_interleave(options.factor**2, dim=0)
@@ -148,11 +152,31 @@ class File(Distiller[FileConfig]):
         return images, space
 
 
+def _refuse_what_does_nothing(options: FileConfig) -> None:
+    """Refuse options for a set of this suite, which says everything itself."""
+    given = set(options.model_dump(exclude_defaults=True)) - {"path", "sha256"}
+    if given:
+        raise RddBenchError(
+            f"{options.path} is a set of rdd-bench and says itself what it is; leave out "
+            f"{', '.join(sorted(given))}"
+        )
+
+
 def _in_order_of(labels: Tensor, names: tuple[str, ...], task: DistillTask) -> Tensor:
-    """Return the data set's labels of classes that the file calls by name."""
+    """Return the data set's labels of classes that the file calls by name.
+
+    Folders that are all numbers count as labels. Others must be classes of the data set: an
+    alphabetical order would be a guess.
+    """
     known = task.spec.class_names
-    if labels.ndim == 2 or not names or not set(names) <= set(known):
+    unknown = sorted(set(names) - set(known))
+    if not names or (unknown and all(name.isdigit() for name in names)):
         return labels
+    if unknown:
+        raise RddBenchError(
+            f"the folders {', '.join(unknown[:3])} are no classes of {task.spec.name}; call them "
+            f"{', '.join(known[:3])} and so on, or number them from 0"
+        )
     return torch.tensor([known.index(name) for name in names])[labels]
 
 
