@@ -133,11 +133,16 @@ def _identity(component: Component) -> list[Any]:
 
 
 def _tell_apart(records: Sequence[StepRecord]) -> list[StepRecord]:
-    """Put a hash behind labels that stand for several plugins or options."""
-    meanings: dict[tuple[str, str], set[str]] = {}
+    """Put a hash behind labels that stand for several plugins or options.
+
+    What a distiller is called stands in the tables of one number of images per class, and
+    protocols may give it other options for another.
+    """
+    meanings: dict[tuple[str, str, int], set[str]] = {}
     for record in records:
         for role, component in _components(record).items():
-            meanings.setdefault((role, component.label), set()).add(digest(_identity(component)))
+            known = meanings.setdefault((role, component.label, _scope(record)), set())
+            known.add(digest(_identity(component)))
     told: list[StepRecord] = []
     for record in records:
         renamed = {
@@ -145,10 +150,14 @@ def _tell_apart(records: Sequence[StepRecord]) -> list[StepRecord]:
                 update={"label": f"{component.label} #{digest(_identity(component))[:4]}"}
             )
             for role, component in _components(record).items()
-            if len(meanings[role, component.label]) > 1
+            if len(meanings[role, component.label, _scope(record)]) > 1
         }
         told.append(record.model_copy(update=renamed))
     return told
+
+
+def _scope(record: StepRecord) -> int:
+    return record.ipc if isinstance(record, DistillRecord) else 0
 
 
 def _components(record: StepRecord) -> dict[str, Component]:

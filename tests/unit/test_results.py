@@ -39,6 +39,14 @@ def test_one_label_for_two_sets_of_options_is_told_apart(book):
     assert all(label.startswith("dm #") for label in labels)
 
 
+def test_other_options_at_another_size_need_no_other_label(book):
+    book.distill("dm", ipc=1)
+    second = book.distill("dm", ipc=10)
+    other = book.component("dm", iterations=5)
+    book.records[-1] = second.model_copy(update={"distiller": other})
+    assert {distill.distiller.label for distill in join(book.records).distills} == {"dm"}
+
+
 def test_a_record_without_its_parent_is_left_out(book):
     book.cell("dm", ["1100"], ["1000"])
     orphans = [record for record in book.records if record.kind != "distill"]
