@@ -245,17 +245,22 @@ def _fit_to_classes(adversary: Any, classes: int, flags: Flags) -> None:
         )
 
 
-def _check_square_fits(height: int, width: int) -> None:
-    """Refuse the shapes on which the packages' first L2 pattern of Square crashes.
+def square_tiles(height: int, width: int) -> bool:
+    """Whether the packages' first L2 pattern of Square fits an image.
 
     They lay tiles of a fifth of the height from a margin on, one more than fits for some sizes.
+    Tiles of one pixel may fall off the image; larger ones may not.
     """
     tile = height // 5
     margin = (height - 5 * tile) // 2
-    fits = tile == 1 or (
+    return tile == 1 or (
         tile > 1 and all(margin + side // tile * tile <= side for side in (height, width))
     )
-    if not fits:
+
+
+def _check_square_fits(height: int, width: int) -> None:
+    """Refuse the shapes on which the packages' first L2 pattern of Square crashes."""
+    if not square_tiles(height, width):
         raise NotApplicable(
             f"autoattack: Square cannot tile {height}x{width} images in L2; "
             "leave it out with the option 'attacks'"

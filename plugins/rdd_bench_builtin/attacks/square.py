@@ -20,7 +20,12 @@ import torch
 from pydantic import Field
 
 from rdd_bench.api import Attack, Config, Info, NotApplicable, Run, Threat, hookimpl
-from rdd_bench_builtin.attacks._autoattack_adapter import NORM_NAMES, package_name, provenance
+from rdd_bench_builtin.attacks._autoattack_adapter import (
+    NORM_NAMES,
+    package_name,
+    provenance,
+    square_tiles,
+)
 from rdd_bench_builtin.attacks._undisturbed import undisturbed
 
 if TYPE_CHECKING:
@@ -63,8 +68,9 @@ class Square(Attack[SquareOptions]):
         Raises:
             NotApplicable: If the threat is L2 and the images have a shape that cannot be tiled.
         """
-        if threat.norm == "l2":
-            _check_tiles(*images.shape[2:])
+        height, width = images.shape[2:]
+        if threat.norm == "l2" and not square_tiles(height, width):
+            raise NotApplicable(f"square: {height}x{width} images cannot be tiled in L2; use linf")
         package = importlib.import_module(f"{package_name()}.square")
         attacked = torch.empty_like(images)
         for batch in run.track(list(run.batches(len(images))), self.name):
@@ -86,20 +92,6 @@ class Square(Attack[SquareOptions]):
                 found = adversary.perturb(clean, labels[batch].clone())
             attacked[batch] = found
         return attacked
-
-
-def _check_tiles(height: int, width: int) -> None:
-    """Refuse the shapes on which the package's first L2 pattern crashes.
-
-    It lays tiles of a fifth of the height from a margin on, one more than fits for some sizes.
-    Tiles of one pixel may fall off the image; larger ones may not.
-    """
-    tile = height // 5
-    margin = (height - 5 * tile) // 2
-    if tile == 0 or (
-        tile > 1 and any(margin + side // tile * tile > side for side in (height, width))
-    ):
-        raise NotApplicable(f"square: {height}x{width} images cannot be tiled in L2; use linf")
 
 
 @hookimpl
