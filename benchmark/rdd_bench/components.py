@@ -22,7 +22,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
@@ -54,6 +54,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 Item = TypeVar("Item")
 
 Role = Literal["method", "baseline", "reference"]
+Access = Literal["white", "black", "none"]
 
 
 class Component(ABC, Generic[ConfigT]):
@@ -183,6 +184,12 @@ class Run:
     batch_size: int = 500
     """How many images at once where that is only a matter of memory. Part of the protocol,
     because the random draws of attacks depend on it."""
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What an attack leaves for its next call on the same network and images under another budget:
+    a gradient, the nearest adversarials. Only what no budget and no random draw decides."""
+    surrogates: Callable[[int], Sequence[nn.Module]] | None = None
+    """``run.surrogates(count)`` returns networks like the attacked one, trained on the same
+    distilled set by the same recipe in other seeds. None where the set is not known."""
 
     def track(self, items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
         """Yield the items and show the progress through them."""
@@ -258,6 +265,15 @@ class Attack(Component[ConfigT]):
     """The norms it can respect."""
     stronger_than: ClassVar[frozenset[str]] = frozenset()
     """Names of attacks that never beat this one unless something is wrong with the run."""
+    access: ClassVar[Access] = "white"
+    """What it needs of the network: 'white' its gradients, 'black' at most its answers, 'none'
+    nothing, such as noise. Less access never gives a stronger attack, or gradients are masked."""
+    effort: ClassVar[str | None] = None
+    """The option that says how long it searches, such as 'steps': the audit doubles it on a few
+    images and sees whether that would have helped. None for an attack of one step."""
+    distances: Tensor | None = None
+    """After a call of an attack that looks for the nearest adversarial: how far that of each image
+    is, (n,), infinite where none was found. The record keeps the median."""
     messages: Sequence[str] = ()
     """What an instance has to say about its last call; kept in the record."""
 

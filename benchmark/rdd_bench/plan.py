@@ -179,7 +179,8 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
     for track in tracks:
         if track not in TRACKS:
             raise RddBenchError(f"there is no track '{track}'; the tracks are {', '.join(TRACKS)}")
-    distills = list(_distill_steps(protocol, selection, chooser))
+    ipcs = _chosen(selection.ipc, protocol.ipc, "ipc")
+    distills = list(_distill_steps(protocol, selection, ipcs, chooser))
     chooser.refuse_unused()
 
     # By address: two names for the same thing are one step.
@@ -193,7 +194,8 @@ def make_plan(protocol: Protocol, selection: Selection, registry: Registry) -> P
                 train = TrainStep(distill, architecture, track, recipe, seeds, protocol.batch_size)
                 steps.setdefault(train.address, train)
                 for attack in _attack_steps(protocol, train, attacks, registry):
-                    steps.setdefault(attack.address, attack)
+                    if attack.ranked or reference or distill.ipc in ipcs:
+                        steps.setdefault(attack.address, attack)
     return Plan(protocol, tuple(steps.values()))
 
 
@@ -208,13 +210,12 @@ def _own_names(protocol: Protocol, selection: Selection) -> set[str]:
 
 
 def _distill_steps(
-    protocol: Protocol, selection: Selection, chooser: _Chooser
+    protocol: Protocol, selection: Selection, ipcs: Sequence[int], chooser: _Chooser
 ) -> Iterable[DistillStep]:
     named = _chosen(selection.distillers, protocol.distillers, "distillers")
     # References come first: they take longest, so the other workers are busy beside them.
     labels = list(dict.fromkeys([*protocol.references, *named]))
     subset = (protocol.subset.train_per_class, protocol.subset.test_per_class)
-    ipcs = _chosen(selection.ipc, protocol.ipc, "ipc")
     seeds = _chosen(selection.distill_seeds, protocol.distill_seeds, "distill-seeds")
     for ipc in ipcs:
         if ipc < 1:
@@ -224,7 +225,9 @@ def _distill_steps(
         for label in labels:
             role = chooser.distiller_role(label)
             reference = role == "reference"
-            for ipc in [0] if reference else ipcs:
+            control = label.removeprefix(f"{HOST}/") == protocol.control
+            sizes = [*ipcs, *protocol.matched_ipc] if control else ipcs
+            for ipc in [0] if reference else sizes:
                 for seed in [0] if reference else seeds:
                     yield DistillStep(
                         protocol_sha256=protocol.sha256,
@@ -232,7 +235,7 @@ def _distill_steps(
                         subset=subset,
                         distiller=chooser.choose("distiller", label, ipc),
                         role=role,
-                        control=label.removeprefix(f"{HOST}/") == protocol.control,
+                        control=control,
                         ipc=ipc,
                         architecture=chooser.choose("architecture", protocol.distill_architecture),
                         seed=seed,

@@ -81,6 +81,9 @@ class Protocol(Config):
     """Attacks run only at the ranked budget, because they are slow."""
     ipc: list[int]
     """Images per class."""
+    matched_ipc: list[int] = Field(default_factory=list)
+    """Further sizes of the control, attacked at the ranked budgets only: real subsets that are as
+    accurate on clean images as a method is, to tell robustness from a low accuracy."""
     seeds: list[int]
     """Training seeds."""
     distill_seeds: list[int] = Field(default_factory=lambda: [0])
@@ -135,7 +138,7 @@ class Protocol(Config):
         """
         open_ended = {
             "summary", "distillers", "references", "architectures", "attacks", "ranked_only",
-            "ipc", "tracks", "alias", "options",
+            "ipc", "matched_ipc", "tracks", "alias", "options",
         }  # fmt: skip
         # Without what is not set, so that a new key changes no protocol that does not use it.
         rules = self.model_dump(mode="json", exclude=open_ended, exclude_none=True)

@@ -110,6 +110,7 @@ class DistillRecord(_StepRecord):
     out_of_range: float = 0.0
     """Fraction of pixels outside [0, 1]."""
     own_recipe: bool = False
+    flags: list[Flag] = Field(default_factory=list)
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -161,6 +162,11 @@ class AttackRecord(_Judged):
     attack: Component
     stronger_than: list[str] = Field(default_factory=list)
     """Names of the attacks that this one should never lose to."""
+    access: Literal["white", "black", "none"] = "white"
+    """What the attack needs of the network: gradients, answers, or nothing."""
+    median_distance: list[float | None] = Field(default_factory=list)
+    """Of an attack that looks for the nearest adversarial: the median distance over the images
+    that each network gets right; None where fewer than half of them have one."""
     norm: Norm
     eps: float
     ranked: bool = False

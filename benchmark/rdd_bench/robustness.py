@@ -8,6 +8,7 @@ counts as robust if it is right clean **and** under attack; the denominator is a
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,8 @@ class Judgement:
     flags: list[Flag] = field(default_factory=list)
     passes: PassCounter = field(default_factory=PassCounter)
     messages: list[str] = field(default_factory=list)
+    median_distance: list[float | None] = field(default_factory=list)
+    """Of each network, if the attack measures distances; see ``AttackRecord``."""
     examples: Examples | None = None
     """One image of every class that the first network gets right, and what became of it."""
 
@@ -59,6 +62,7 @@ def attack_models(
     seeds: Sequence[int],
     run: Run,
     who: str,
+    memos: Sequence[dict[str, Any]] | None = None,
 ) -> Judgement:
     """Attack each network on the test images that it gets right.
 
@@ -70,9 +74,12 @@ def attack_models(
         seeds: The training seed of each model; the draws of the attack depend on it.
         run: Where to run.
         who: The plugin's name in messages.
+        memos: Of each model, what the attack left behind under the budgets before this one.
     """
     judgement = Judgement()
-    for model, seed in zip(models, seeds, strict=True):
+    memos = memos or [{} for _ in models]
+    for model, seed, memo in zip(models, seeds, memos, strict=True):
+        run = dataclasses.replace(run, memo=memo)
         before = audit.state_hash(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         clean = clean_outcomes(model, test, run.batch_size)
@@ -92,6 +99,8 @@ def attack_models(
             candidates = check_candidates(candidates, images, who)
             _note(judgement, audit.check_budget(candidates, images, threat))
             candidates = project(candidates, images, threat)
+            if attack.distances is not None:
+                judgement.median_distance.append(_median(attack.distances))
             said = predict(model, candidates, run.batch_size)
             robust[clean] = said == labels
             judgement.examples = judgement.examples or _examples(images, candidates, labels, said)
@@ -100,6 +109,11 @@ def attack_models(
             if message not in judgement.messages:
                 judgement.messages.append(message)
     return judgement
+
+
+def _median(distances: Tensor) -> float | None:
+    median = distances.median().item()
+    return median if math.isfinite(median) else None
 
 
 def _examples(images: Tensor, candidates: Tensor, labels: Tensor, said: Tensor) -> Examples:
@@ -131,7 +145,7 @@ def _null_control(
     """
     control = type(attack).configured({**attack.config.model_dump(), **attack.smoke})
     assert isinstance(control, Attack)
-    quiet = dataclasses.replace(run, report=lambda *_: None)
+    quiet = dataclasses.replace(run, report=lambda *_: None, memo={})
     few, their = images[:NULL_IMAGES], labels[:NULL_IMAGES]
     nothing = Threat(threat.norm, 0.0)
     with seeded(_seed(attack, nothing, 0)):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from rdd_bench.environment import describe_environment
 from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
 from rdd_bench.hashing import derive, digest
 from rdd_bench.measure import Meter, PassCounter
+from rdd_bench.networks import Classifier
 from rdd_bench.outcomes import pack
 from rdd_bench.plan import AttackStep, Choice, DistillStep, Step, TrainStep
 from rdd_bench.records import (
@@ -55,7 +56,7 @@ from rdd_bench.store import (
     set_path,
 )
 from rdd_bench.training import fit, new_classifier
-from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Splits
+from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Recipe, Splits
 
 Report = Callable[[str, int, int], None]
 
@@ -123,6 +124,7 @@ class Worker:
         self.device = torch.device(place.device)
         self.store = Store(place.out)
         self.environment = environment_record(self.device, place.threads)
+        self._memos: tuple[tuple[str, str], list[dict[str, Any]]] = (("", ""), [])
         _warm_up(self.device)
         self._splits = lru_cache(maxsize=2)(self._load_splits)
 
@@ -221,13 +223,7 @@ class Worker:
     def _train(self, step: TrainStep, report: Report) -> Result:
         splits = self._splits_of(step.distill)
         self._same_data(step.distill.address, splits.spec.train_sha256)
-        path = set_path(step.distill.address)
-        distilled = artifacts.set_from_bytes(self.store.read_file(path), str(path))
-        recipe = step.recipe or distilled.recipe
-        if recipe is None:
-            raise NotApplicable(f"{step}: the distilled set has no recipe of its own")
-        if step.recipe is not None:
-            distilled = dataclasses.replace(distilled, labels=distilled.hard_labels)
+        distilled, recipe = self._distilled(step)
         architecture = self._component(step.architecture, Architecture)
         who = self._who(step)
         with seeded(0):
@@ -274,10 +270,24 @@ class Worker:
         models = [model.to(self.device) for model in models]
         test = self._on_device(splits.test)
         meter = Meter(self.device)
-        run = self._run(scratch, report, meter, train.batch_size)
+        run = dataclasses.replace(
+            self._run(scratch, report, meter, train.batch_size),
+            surrogates=partial(self._surrogates, train, architecture, splits.spec, report),
+        )
+        # Of the last networks only: an attack is run under all its budgets one after the other.
+        about = (train.address, digest(step.attack.key()))
+        if self._memos[0] != about:
+            self._memos = (about, [{} for _ in models])
         with meter.total():
             judged = robustness.attack_models(
-                models, test, attack, step.threat, train.seeds, run, self._who(step)
+                models,
+                test,
+                attack,
+                step.threat,
+                train.seeds,
+                run,
+                self._who(step),
+                memos=self._memos[1],
             )
         record = AttackRecord(
             **self._head(step),
@@ -290,7 +300,9 @@ class Worker:
             flags=judged.flags,
             provenance=attack.provenance(),
             messages=judged.messages,
+            median_distance=judged.median_distance,
             stronger_than=sorted(attack.stronger_than),
+            access=attack.access,
         )
         if judged.examples is None or not step.ranked:
             return Result(record)
@@ -298,6 +310,33 @@ class Worker:
         return Result(record, {picture_path(step.address, str(step)): picture})
 
     # What they share -------------------------------------------------------------------------
+
+    def _distilled(self, step: TrainStep) -> tuple[DistilledSet, Recipe]:
+        """Return the set that a network is trained on, and how."""
+        path = set_path(step.distill.address)
+        distilled = artifacts.set_from_bytes(self.store.read_file(path), str(path))
+        recipe = step.recipe or distilled.recipe
+        if recipe is None:
+            raise NotApplicable(f"{step}: the distilled set has no recipe of its own")
+        if step.recipe is not None:
+            distilled = dataclasses.replace(distilled, labels=distilled.hard_labels)
+        return distilled, recipe
+
+    def _surrogates(
+        self,
+        step: TrainStep,
+        architecture: Architecture[Any],
+        spec: DatasetSpec,
+        report: Report,
+        count: int,
+    ) -> list[Classifier]:
+        """Train networks as an attacker could who knows the set, in seeds that no table uses."""
+        distilled, recipe = self._distilled(step)
+        seeds = [derive("surrogate", number) for number in range(count)]
+        trained = fit(
+            distilled, recipe, architecture, spec, seeds, device=self.device, report=report
+        )
+        return trained.models
 
     def _component(self, choice: Choice, kind: type[Any]) -> Any:
         made = self.registry.build(choice.kind, choice.offer_name, choice.component.options)
