@@ -440,6 +440,17 @@ def test_whatever_decides_an_expert_is_in_its_key(train, tmp_path, monkeypatch):
     assert key() != before
 
 
+def test_an_edit_that_changes_nothing_gives_the_same_experts(train, tmp_path, monkeypatch):
+    run, again = make_run(tmp_path / "before"), make_run(tmp_path / "after")
+    first = experts(train, run)
+    edited = tmp_path / "edited.py"
+    edited.write_text("other code")
+    monkeypatch.setattr(sys.modules[natural_loss.__module__], "__file__", str(edited))
+    second = experts(train, again)
+    assert first.key != second.key
+    assert torch.equal(first.snapshot(0, 1), second.snapshot(0, 1))
+
+
 def damage(store: ExpertStore, how: str) -> None:
     path = store.path(1)
     data = path.read_bytes()

@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from rdd_bench.api import Run
+from rdd_bench_builtin.distillers._passes import images_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CACHED_PIXELS = 2**14
-"""Pixels in one pass of real images on a CPU, 16 images of 32x32: about what its cache holds."""
 
 ClassLoss = Callable[["nn.Module", "Tensor", int], "Tensor"]
 """The sum of the losses of images of one class: network, normalised images, label."""
@@ -34,11 +32,8 @@ def real_gradients(
     loss: ClassLoss,
 ) -> list[Tensor]:
     """Return the gradients of the mean loss, added up over passes of bounded size."""
-    at_once = run.batch_size
-    if images.device.type == "cpu":
-        at_once = max(1, min(at_once, CACHED_PIXELS // images[0, 0].numel()))
     total = [torch.zeros_like(parameter) for parameter in parameters]
-    for part in torch.split(images, at_once):
+    for part in torch.split(images, images_at_once(images, run)):
         error = loss(network, part, label) / len(images)
         gradients = torch.autograd.grad(
             error, parameters, allow_unused=True, materialize_grads=True

@@ -66,6 +66,15 @@ def labels_of_classes(task: DistillTask) -> Tensor:
     return torch.arange(task.spec.num_classes).repeat_interleave(task.ipc)
 
 
+def initial_images(task: DistillTask, classes: Sequence[Tensor], init: str) -> Tensor:
+    """Return normalised images to begin with, (k, ipc, c, h, w)."""
+    shape = (len(classes), task.ipc, *task.spec.shape)
+    if init == "noise":
+        return torch.randn(shape)
+    chosen = torch.cat([choose_at_random(members, task.ipc) for members in classes])
+    return task.normalise(task.train.images[chosen].cpu()).reshape(shape)
+
+
 def coreset(task: DistillTask, chosen: Sequence[Tensor], augment: str) -> DistilledSet:
     """Return the chosen training images, class by class, with the field's recipe."""
     indices = torch.cat(list(chosen))

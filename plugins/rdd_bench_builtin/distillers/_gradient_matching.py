@@ -34,6 +34,7 @@ from rdd_bench.api import (
 from rdd_bench_builtin.distillers._class_gradients import ClassLoss, cross_entropy, real_gradients
 from rdd_bench_builtin.distillers._coreset import (
     choose_at_random,
+    initial_images,
     labels_of_classes,
     members_of_classes,
 )
@@ -110,7 +111,7 @@ def condense(
     classes = members_of_classes(task, who, at_least=task.ipc if init == "real" else 1)
     train = task.train.images.to(run.device)
     size = (task.spec.shape[1], task.spec.shape[2])
-    images = _initial_images(task, classes, init).to(run.device)
+    images = initial_images(task, classes, init).to(run.device)
     optimizer = torch.optim.SGD([images], lr=options.lr_img, momentum=options.momentum)
     table = loops(task.ipc)
     outer, inner = options.outer or table[0], options.inner or table[1]
@@ -278,15 +279,6 @@ def _train(
             loss = torch.nn.functional.cross_entropy(network(inputs), labels[batch])
             torch.autograd.backward(loss)
             optimizer.step()
-
-
-def _initial_images(task: DistillTask, classes: Sequence[Tensor], init: str) -> Tensor:
-    """Return normalised images to begin with, (k, ipc, c, h, w)."""
-    shape = (len(classes), task.ipc, *task.spec.shape)
-    if init == "noise":
-        return torch.randn(shape)
-    chosen = torch.cat([choose_at_random(members, task.ipc) for members in classes])
-    return task.normalise(task.train.images[chosen].cpu()).reshape(shape)
 
 
 def _problem(losses: Sequence[float], iteration: int, images: Tensor) -> str | None:

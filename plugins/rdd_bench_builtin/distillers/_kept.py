@@ -1,7 +1,9 @@
 """Tensors kept in the folder of a run, for what is costly and shared by several calls.
 
 What is kept must not depend on who asks first: whoever makes it draws under ``own_seed``, derived
-from the hash of all that decides it, so that a result is the same whether it was found or made.
+from what decides it, so that a result is the same whether it was found or made. The source of the
+code that makes it is in its name, so that an edited method makes it anew, and not in its seed, so
+that an edit which changes nothing gives the same bits again.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,12 +69,20 @@ def write(path: Path, header: Mapping[str, str], tensors: Mapping[str, Tensor]) 
     os.replace(file.name, path)  # noqa: PTH105 - one call, and atomic
 
 
-def key_of(task: DistillTask, architecture: Architecture[Any], parts: Mapping[str, Any]) -> str:
-    """Return the hash of a network, the data and the seed it is trained on, and other parts."""
+def key_of(
+    task: DistillTask,
+    architecture: Architecture[Any],
+    parts: Mapping[str, Any],
+    code: Sequence[Any] = (),
+) -> str:
+    """Return the hash of a network, the data and the seed it is trained on, and other parts.
+
+    With ``code``, classes and functions, also that of the files which define these and the network.
+    """
     everything = {
         **parts,
         "architecture": [architecture.name, architecture.config.model_dump(mode="json")],
-        "architecture_code": source_of(type(architecture)),
+        "code": [source_of(thing) for thing in (*code, type(architecture))] if code else [],
         "train": task.spec.train_sha256 or digest(task.train.images, task.train.labels),
         "spec": [task.spec.shape, task.spec.mean, task.spec.std, task.spec.num_classes],
         "seed": task.seed,

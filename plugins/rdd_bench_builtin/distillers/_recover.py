@@ -22,6 +22,7 @@ from pydantic import Field
 from rdd_bench.api import Config, DistillTask, RddBenchError, Run
 from rdd_bench_builtin.distillers._coreset import choose_at_random, members_of_classes
 from rdd_bench_builtin.distillers._crops import random_boxes
+from rdd_bench_builtin.distillers._passes import images_at_once
 from rdd_bench_builtin.distillers._teacher import batch_norms
 
 if TYPE_CHECKING:
@@ -32,9 +33,6 @@ FIRST_LAYER = 10.0
 
 CLASSES_TOGETHER = 100
 """Classes in one batch of the published layout."""
-
-CACHED_PIXELS = 2**14
-"""Pixels in one pass on a CPU, 16 images of 32x32: about what its cache holds of the wide maps."""
 
 BETAS = (0.5, 0.9)
 """Of Adam, the authors' numbers."""
@@ -115,10 +113,7 @@ def _losses_and_slope(
     Groups (g, m, c, h, w), cut into ``together`` columns if they are wider, do not meet in the
     loss. So as many as memory allows go through the teacher at once, which changes nothing.
     """
-    at_once = run.batch_size
-    if groups.device.type == "cpu":
-        at_once = min(at_once, CACHED_PIXELS // groups[0, 0, 0].numel())
-    rows = max(1, at_once // min(together, len(labels)))
+    rows = max(1, images_at_once(groups, run) // min(together, len(labels)))
     losses, slope = groups.new_zeros(2), torch.empty_like(groups)
     for columns in torch.split(torch.arange(len(labels), device=groups.device), together):
         for first in range(0, len(groups), rows):

@@ -124,12 +124,12 @@ def find_or_train_teacher(
     shared: dict[str, Any] = {
         "format": FORMAT,
         "options": options.model_dump(mode="json", include=names),
-        "code": _kept.source_of(find_or_train_teacher),
     }
+    # The same for every objective: methods are compared on the same initial weights.
     seed = _kept.own_seed(_kept.key_of(task, architecture, shared))
-    if decisive:
-        shared["objective"] = [dict(decisive), *map(_kept.source_of, (objective, curvature))]
-    key = _kept.key_of(task, architecture, shared)
+    parts = {**shared, "decisive": dict(decisive)}
+    own_code = [objective, curvature] if decisive else []
+    key = _kept.key_of(task, architecture, parts, [find_or_train_teacher, *own_code])
     path = (run.cache or run.scratch) / "teachers" / f"{key[:32]}.safetensors"
     header = {"format": FORMAT, "key": key}
     with run.phase("squeeze"), seeded(seed):

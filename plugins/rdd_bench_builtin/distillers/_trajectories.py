@@ -101,11 +101,13 @@ def find_or_train_experts(
     """
     folder = run.cache or run.scratch
     store = ExpertStore(folder / "experts", _key(task, options, objective, decisive), who)
+    # The same for every objective: methods are compared on the same initial weights.
+    draws = _kept.key_of(task, task.architecture, _parts(options))
     with run.phase("experts"):
         for index in run.track(range(options.num_experts), "experts"):
             if store.holds(index):
                 continue
-            with seeded(_kept.own_seed(f"{store.key}/{index}")):
+            with seeded(_kept.own_seed(f"{draws}/{index}")):
                 snapshots = train_expert(task, run, options, objective, smoothing)
             diverged = (~torch.isfinite(snapshots).all(dim=1)).nonzero()
             if len(diverged):
@@ -194,16 +196,11 @@ class ExpertStore:
 def _key(
     task: DistillTask, options: ExpertConfig, objective: Objective, decisive: Mapping[str, Any]
 ) -> str:
-    """Return the hash of all that decides the experts, however many of them there are.
+    """Return the hash of all that decides the experts, however many of them there are."""
+    parts = {**_parts(options), "decisive": dict(decisive)}
+    return _kept.key_of(task, task.architecture, parts, [_key, fit_zca, objective])
 
-    The source of the code that trains them is part of it: an edited method must not find the
-    experts of the version before.
-    """
+
+def _parts(options: ExpertConfig) -> dict[str, Any]:
     names = set(ExpertConfig.model_fields) - {"num_experts"}
-    parts = {
-        "format": FORMAT,
-        "options": options.model_dump(mode="json", include=names),
-        "decisive": dict(decisive),
-        "code": [_kept.source_of(it) for it in (_key, fit_zca, objective)],
-    }
-    return _kept.key_of(task, task.architecture, parts)
+    return {"format": FORMAT, "options": options.model_dump(mode="json", include=names)}

@@ -39,7 +39,7 @@ from rdd_bench.api import (
     draw_augmentation,
 )
 from rdd_bench_builtin.distillers._coreset import (
-    choose_at_random,
+    initial_images,
     labels_of_classes,
     members_of_classes,
 )
@@ -90,6 +90,21 @@ class MatchingConfig(ExpertConfig):
         return self
 
 
+SMOKE = {
+    "num_experts": 2,
+    "expert_epochs_total": 2,
+    "expert_batch": 32,
+    "iterations": 3,
+    "syn_steps": 3,
+    "expert_epochs": 1,
+    "max_start_epoch": 2,
+    "lr_img": 1.0,
+    "lr_lr": 1e-7,
+    "init_lr": 0.01,
+}
+"""Options for a run of seconds."""
+
+
 def distil_by_matching(
     task: DistillTask, run: Run, options: MatchingConfig, experts: ExpertStore, who: str
 ) -> DistilledSet:
@@ -100,7 +115,8 @@ def distil_by_matching(
         RddBenchError: If a class is too small to begin with.
         NotApplicable: If the network draws random numbers of its own.
     """
-    images = _initial_images(task, options.init, who).to(run.device)
+    classes = members_of_classes(task, who, at_least=task.ipc if options.init == "real" else 1)
+    images = initial_images(task, classes, options.init).flatten(0, 1).to(run.device)
     labels = labels_of_classes(task).to(run.device)
     step_size = torch.tensor(options.init_lr, device=run.device)
     optimizer = torch.optim.SGD(
@@ -280,15 +296,6 @@ def _in_turn(count: int) -> Iterator[int]:
     """Yield all experts in a random order, and then again in another."""
     while True:
         yield from torch.randperm(count).tolist()
-
-
-def _initial_images(task: DistillTask, init: str, who: str) -> Tensor:
-    """Return normalised images to begin with, (k * ipc, c, h, w)."""
-    classes = members_of_classes(task, who, at_least=task.ipc if init == "real" else 1)
-    if init == "noise":
-        return torch.randn(len(classes) * task.ipc, *task.spec.shape)
-    chosen = torch.cat([choose_at_random(members, task.ipc) for members in classes])
-    return task.normalise(task.train.images[chosen.to(task.train.images.device)].cpu())
 
 
 def _check_repeatable(network: nn.Module, images: Tensor, who: str) -> None:

@@ -44,19 +44,17 @@ from rdd_bench_builtin.distillers._coreset import (
     DSA,
     Augmentation,
     choose_at_random,
+    initial_images,
     labels_of_classes,
     members_of_classes,
 )
+from rdd_bench_builtin.distillers._passes import images_at_once
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WINDOW = 100
 """Iterations over which the final loss is averaged; after as many a loss is looked at."""
-
-CACHED_PIXELS = 2**14
-"""Pixels in one pass on a CPU, 16 images of 32x32: about what its cache holds of the wide maps.
-With a width of 128, one pass of 640 took 1.6 to 1.8 times as long (one core, torch 2.15)."""
 
 
 class DMConfig(Config):
@@ -97,7 +95,7 @@ class DM(Distiller[DMConfig]):
         needed = task.ipc if options.init == "real" else 1
         classes = members_of_classes(task, self.name, at_least=needed)
         train = task.train.images.to(run.device)
-        images = _initial_images(task, classes, options.init).to(run.device)
+        images = initial_images(task, classes, options.init).to(run.device)
         optimizer = torch.optim.SGD([images], lr=options.lr, momentum=options.momentum)
         recent = torch.zeros(min(WINDOW, options.iterations), device=run.device)
         good = images.clone()
@@ -155,7 +153,7 @@ def match(
     """
     embed = embedding_of(network, DM.name)
     one_pass = _mixes_images(network)
-    at_once = _images_at_once(synthetic, run)
+    at_once = images_at_once(synthetic, run)
 
     with torch.no_grad():
         augmented = torch.cat([t(images) for t, images in zip(transforms, real, strict=True)])
@@ -179,22 +177,6 @@ def match(
         gradients.extend(torch.autograd.grad(loss, images))
         losses.append(loss.detach())
     return torch.stack(losses).sum(), torch.cat(gradients)
-
-
-def _initial_images(task: DistillTask, classes: Sequence[Tensor], init: str) -> Tensor:
-    """Return normalised images to begin with, (k, ipc, c, h, w)."""
-    shape = (len(classes), task.ipc, *task.spec.shape)
-    if init == "noise":
-        return torch.randn(shape)
-    chosen = torch.cat([choose_at_random(members, task.ipc) for members in classes])
-    return task.normalise(task.train.images[chosen].cpu()).reshape(shape)
-
-
-def _images_at_once(images: Tensor, run: Run) -> int:
-    if images.device.type != "cpu":
-        return run.batch_size
-    height, width = images.shape[-2:]
-    return max(1, min(run.batch_size, CACHED_PIXELS // (height * width)))
 
 
 def _mixes_images(network: nn.Module) -> bool:

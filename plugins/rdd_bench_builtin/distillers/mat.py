@@ -50,7 +50,11 @@ from rdd_bench_builtin.distillers._trajectories import (
     find_or_train_experts,
     preprocessed,
 )
-from rdd_bench_builtin.distillers._trajectory_matching import MatchingConfig, distil_by_matching
+from rdd_bench_builtin.distillers._trajectory_matching import (
+    SMOKE,
+    MatchingConfig,
+    distil_by_matching,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -94,20 +98,7 @@ class MAT(Distiller[MATConfig]):
         paper="https://arxiv.org/abs/2503.12069",
         origin="reconstructed from the abstract; see the docstring",
     )
-    smoke: ClassVar = {
-        "num_experts": 2,
-        "expert_epochs_total": 2,
-        "expert_batch": 32,
-        "iterations": 3,
-        "syn_steps": 3,
-        "expert_epochs": 1,
-        "max_start_epoch": 2,
-        "lr_img": 1.0,
-        "lr_lr": 1e-7,
-        "init_lr": 0.01,
-        "steps": 2,
-        "ema_decay": 0.5,
-    }
+    smoke: ClassVar = {**SMOKE, "steps": 2, "ema_decay": 0.5}
 
     def distill(self, task: DistillTask, run: Run) -> DistilledSet:
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].

@@ -28,7 +28,11 @@ import torch
 
 from rdd_bench.api import DistilledSet, Distiller, DistillTask, Info, Run, hookimpl
 from rdd_bench_builtin.distillers._trajectories import find_or_train_experts, preprocessed
-from rdd_bench_builtin.distillers._trajectory_matching import MatchingConfig, distil_by_matching
+from rdd_bench_builtin.distillers._trajectory_matching import (
+    SMOKE,
+    MatchingConfig,
+    distil_by_matching,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,18 +47,7 @@ class MTT(Distiller[MatchingConfig]):
         licence="MIT",
         paper="https://arxiv.org/abs/2203.11932",
     )
-    smoke: ClassVar = {
-        "num_experts": 2,
-        "expert_epochs_total": 2,
-        "expert_batch": 32,
-        "iterations": 3,
-        "syn_steps": 3,
-        "expert_epochs": 1,
-        "max_start_epoch": 2,
-        "lr_img": 1.0,
-        "lr_lr": 1e-7,
-        "init_lr": 0.01,
-    }
+    smoke: ClassVar = SMOKE
 
     def distill(self, task: DistillTask, run: Run) -> DistilledSet:
         """Return ``task.ipc`` images of every class; their pixels may leave [0, 1].
