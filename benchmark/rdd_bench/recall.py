@@ -11,7 +11,14 @@ from dataclasses import dataclass, replace
 from rdd_bench.errors import RddBenchError
 from rdd_bench.plan import AttackStep, Plan, Selection, make_plan
 from rdd_bench.protocol import Options, Protocol
-from rdd_bench.records import AnyRecord, AttackRecord, Component, DistillRecord, TrainRecord
+from rdd_bench.records import (
+    AnyRecord,
+    AttackRecord,
+    Component,
+    DistillRecord,
+    StepRecord,
+    TrainRecord,
+)
 from rdd_bench.registry import Registry
 from rdd_bench.types import format_eps
 
@@ -179,7 +186,7 @@ def protocol_path(given: str | None, records: Sequence[AnyRecord]) -> str:
     """Return the protocol to load: the one named, or the one that the records name."""
     if given is not None:
         return given
-    names = {record.protocol for record in records if record.kind != "environment"}
+    names = {record.protocol for record in records if isinstance(record, StepRecord)}
     if len(names) != 1:
         raise RddBenchError(f"the records are of {len(names)} protocols; name one with --protocol")
     return names.pop()

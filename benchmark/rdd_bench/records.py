@@ -19,6 +19,9 @@ from rdd_bench.types import Norm, Recipe
 
 SCHEMA: Literal[1] = 1
 
+QUARANTINE = "quarantine"
+"""How addresses of quarantine records begin."""
+
 Status = Literal["done", "failed", "skipped"]
 
 
@@ -179,10 +182,28 @@ class AttackRecord(_Judged):
     """What that library had to say."""
 
 
+class QuarantineRecord(BaseModel):
+    """Somebody's finding that a result must not be trusted. The result itself stays."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    kind: Literal["quarantine"] = "quarantine"
+    schema_version: Literal[1] = Field(default=SCHEMA, alias="schema")
+    address: str
+    """Of this record."""
+    target: str
+    """Address of the distillation, training or attack; what builds on it is meant too."""
+    reason: str
+    """One sentence, shown on the board."""
+    created: str
+    """UTC, ISO 8601."""
+
+
 Record = Annotated[
-    DistillRecord | TrainRecord | AttackRecord | EnvironmentRecord, Field(discriminator="kind")
+    DistillRecord | TrainRecord | AttackRecord | EnvironmentRecord | QuarantineRecord,
+    Field(discriminator="kind"),
 ]
-AnyRecord = DistillRecord | TrainRecord | AttackRecord | EnvironmentRecord
+AnyRecord = DistillRecord | TrainRecord | AttackRecord | EnvironmentRecord | QuarantineRecord
 StepRecord = DistillRecord | TrainRecord | AttackRecord
 
 _ADAPTER: TypeAdapter[AnyRecord] = TypeAdapter(Record)

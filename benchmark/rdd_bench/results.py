@@ -51,7 +51,7 @@ def join(records: Sequence[AnyRecord]) -> Results:
     Of two results of the same thing, made by two versions of a plugin's code, the newer counts.
     Components that share a label but differ in plugin or options get labels that tell them apart.
     """
-    steps = [r for r in records if not isinstance(r, EnvironmentRecord)]
+    steps = [r for r in records if isinstance(r, StepRecord)]
     done = _tell_apart([r for r in steps if r.status == "done"])
     built_on = Counter(r.distill for r in done if isinstance(r, TrainRecord))
     built_on.update(r.train for r in done if isinstance(r, AttackRecord))

@@ -209,7 +209,7 @@ def _summarise(
     skipped = [record for record in unstored if record.status == "skipped"]
     for step in plan.steps:
         record = store.record(step.address)
-        if record is None or record.kind == "environment":
+        if not isinstance(record, StepRecord):
             continue
         records[record.address] = record
         environment = store.record(record.environment)
@@ -219,9 +219,9 @@ def _summarise(
             failed.append(record)
         elif record.status == "skipped":
             skipped.append(record)
-    steps = [r for r in records.values() if r.kind != "environment"]
+    steps = [r for r in records.values() if isinstance(r, StepRecord)]
     return Summary(
-        records=list(records.values()),
+        records=[*records.values(), *store.quarantines()],
         computed=sum(1 for r in steps if r.address not in finished and r.status == "done"),
         reused=len(finished),
         failed=failed,

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rdd_bench.errors import RddBenchError
-from rdd_bench.records import AnyRecord, EnvironmentRecord, parse_lines, to_line
+from rdd_bench.records import QUARANTINE, AnyRecord, StepRecord, parse_lines, to_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,6 +72,12 @@ class Store:
         record = self.record(address)
         done = record is not None and getattr(record, "status", "done") == "done"
         return done and all(_is_complete(self.root / path) for path in files)
+
+    def quarantines(self) -> list[AnyRecord]:
+        """Return what somebody found wrong with results of this folder."""
+        paths = sorted((self.root / RECORDS).glob(f"{QUARANTINE}-*.json"))
+        found = (self.record(path.stem) for path in paths)
+        return [record for record in found if record is not None]
 
     def write_record(self, record: AnyRecord) -> None:
         """Put a record in its place, over an earlier one of the same step."""
@@ -178,7 +184,7 @@ def read_records(paths: Sequence[Path]) -> tuple[list[AnyRecord], list[str]]:
 
 
 def _rank(record: AnyRecord) -> tuple[bool, str]:
-    if isinstance(record, EnvironmentRecord):
+    if not isinstance(record, StepRecord):
         return True, ""
     return record.status == "done", record.created
 

@@ -32,7 +32,7 @@ executors
 runner
 terminal testing
 session
-cli_judge
+cli_judge cli_quarantine
 cli
 """
 ORDER = [line.split() for line in LAYERS.strip().splitlines()]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.plan import AttackStep, Selection, make_plan
 from rdd_bench.protocol import DEFAULT, load_protocol, names, parse_protocol
-from rdd_bench.records import EnvironmentRecord
+from rdd_bench.records import StepRecord
 from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.store import read_records
 from rdd_bench.types import Threat, format_eps, parse_eps
@@ -238,6 +238,6 @@ def test_what_decides_numbers_changes_the_protocol(rule):
 def test_published_records_obey_the_protocol_that_is_shipped(path):
     records, problems = read_records([path])
     assert problems == []
-    steps = [record for record in records if not isinstance(record, EnvironmentRecord)]
+    steps = [record for record in records if isinstance(record, StepRecord)]
     assert steps
     assert {record.protocol_sha256 for record in steps} == {load_protocol(path.parent.name).sha256}

@@ -20,6 +20,7 @@ from rdd_bench.records import (
     DistillRecord,
     EnvironmentRecord,
     Flag,
+    QuarantineRecord,
     TrainRecord,
     from_line,
     parse_lines,
@@ -118,6 +119,7 @@ distills = st.builds(
     distiller=components,
     seed=st.integers(0, 9),
     pixel_range=st.none() | st.tuples(numbers, numbers),
+    flags=st.lists(flags, max_size=2),
     notes=st.dictionaries(texts, values, max_size=3),
 )
 trains = judged(TrainRecord, recipe=recipes, final_loss=st.lists(numbers, max_size=3))
@@ -128,13 +130,18 @@ attacks = judged(
     norm=st.sampled_from(["linf", "l2"]),
     eps=numbers,
     messages=st.lists(texts, max_size=2),
+    access=st.sampled_from(["white", "black", "none"]),
+    median_distance=st.lists(st.none() | numbers, max_size=3),
 )
 environments = st.builds(
     EnvironmentRecord, address=texts, facts=st.dictionaries(texts, values, max_size=3)
 )
 
 
-@given(st.one_of(distills, trains, attacks, environments))
+quarantines = st.builds(QuarantineRecord, address=texts, target=texts, reason=texts, created=texts)
+
+
+@given(st.one_of(distills, trains, attacks, environments, quarantines))
 def test_a_record_is_one_line_that_reads_back(record):
     line = to_line(record)
     assert line.endswith("\n")
