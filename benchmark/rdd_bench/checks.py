@@ -98,6 +98,8 @@ def _check_extras(distilled: DistilledSet, spec: DatasetSpec, who: str) -> None:
     if distilled.whitening is not None:
         _check_floats(distilled.whitening.mean, "whitening.mean", (pixels,), who)
         _check_floats(distilled.whitening.matrix, "whitening.matrix", (pixels, pixels), who)
+        if torch.linalg.slogdet(distilled.whitening.matrix.double()).sign == 0:
+            raise ContractError(who, "whitening.matrix is singular", "an invertible matrix")
     if distilled.weights is not None:
         _check_floats(distilled.weights, "weights", (count,), who)
         low, mean = distilled.weights.min().item(), distilled.weights.mean().item()

@@ -92,11 +92,14 @@ class TrainStep:
         object.__setattr__(self, "address", _address("train", key))
 
     def __str__(self) -> str:
+        return f"train {self.architecture.component.label} on {self.of()}"
+
+    def of(self) -> str:
+        """Say which set the network is trained on, and in which track."""
         d = self.distill
         ipc = "" if d.role == "reference" else f" ipc {d.ipc}"
         track = "" if self.track in ("natural", REFERENCE_TRACK) else f" ({self.track})"
-        architecture = self.architecture.component.label
-        return f"train {architecture} on {d.distiller.component.label}{ipc}{track}"
+        return f"{d.distiller.component.label}{ipc}{track}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +119,7 @@ class AttackStep:
         object.__setattr__(self, "address", _address("attack", key))
 
     def __str__(self) -> str:
-        d = self.train.distill
-        ipc = "" if d.role == "reference" else f" ipc {d.ipc}"
-        on = f"{self.train.architecture.component.label} of {d.distiller.component.label}{ipc}"
+        on = f"{self.train.architecture.component.label} of {self.train.of()}"
         return f"{self.attack.component.label} {self.threat} on {on}"
 
 

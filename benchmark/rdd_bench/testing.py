@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import random
 import tempfile
+import unittest
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -258,7 +259,10 @@ def _training_data_untouched(offer: Offer, _: Registry) -> None:
 
 
 def _or_says_why(rule: Rule) -> Rule:
-    """Let a distiller pass that says in one sentence why it cannot serve the small images."""
+    """Skip, with the reason, a distiller that cannot serve the small images and says so.
+
+    ``unittest.SkipTest`` is what pytest and ``rdd-bench check`` both show as skipped.
+    """
 
     @functools.wraps(rule)
     def applied(offer: Offer, registry: Registry) -> None:
@@ -267,6 +271,7 @@ def _or_says_why(rule: Rule) -> Rule:
         except NotApplicable as reason:
             if "\n" in str(reason) or not str(reason).strip():
                 _fail(offer, "a reason that is not one sentence", "one sentence on what is needed")
+            raise unittest.SkipTest(str(reason)) from None
 
     return applied
 

@@ -231,7 +231,7 @@ class Views:
     flip: Tensor
     """Whether it is mirrored, bool (v,)."""
     partner: Tensor
-    """Which view is mixed in, int64 (v,); one of the same batch, or the view itself."""
+    """Which view is mixed in, int64 (v,); the view itself where none is."""
     mix_box: Tensor
     """Where, as top, left, height and width in pixels, int64 (v, 4): a part of the view for
     CutMix, all of it for mixup."""

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from rdd_bench.checks import check_distilled_set, check_network, check_splits
 from rdd_bench.errors import ContractError
-from rdd_bench.types import DatasetSpec, DistilledSet, LabelledImages, Splits
+from rdd_bench.types import (
+    DatasetSpec,
+    DistilledSet,
+    LabelledImages,
+    Recipe,
+    Splits,
+    Views,
+    Whitening,
+)
 
 WHO = "distiller 'toy' (toys 1.0)"
 SPEC = DatasetSpec(
@@ -100,6 +108,79 @@ WRONG_SETS: dict[str, tuple[Any, Any, str, str]] = {
 def test_a_wrong_set_is_refused(case):
     pixels, labels, found, expected = WRONG_SETS[case]
     made = DistilledSet(pixels, labels)
+    said = refusal(check_distilled_set, made, SPEC, 2, WHO)
+    assert said[0].startswith(found)
+    assert said[1].startswith(expected)
+
+
+def whitening(**changes: Any) -> Whitening:
+    return Whitening(**{"mean": torch.zeros(16), "matrix": torch.eye(16), **changes})
+
+
+def views(**changes: Any) -> Views:
+    """Return two epochs of views of six images."""
+    parts: dict[str, Any] = {
+        "image": torch.arange(12) % 6,
+        "crop": torch.tensor([0.0, 0.0, 4.0, 4.0]).repeat(12, 1),
+        "flip": torch.zeros(12, dtype=torch.bool),
+        "partner": torch.arange(12).flip(0),
+        "mix_box": torch.zeros(12, 4, dtype=torch.int64),
+        "mix_weight": torch.zeros(12),
+        "logits": torch.zeros(12, 3, dtype=torch.float16),
+    }
+    return Views(**{**parts, **changes})
+
+
+def test_a_good_set_with_all_extras_is_returned_as_it_is():
+    made = DistilledSet(
+        images(), LABELS, Recipe(uses=("whitening", "weights", "views")),
+        whitening=whitening(), weights=torch.ones(6), views=views(),
+    )  # fmt: skip
+    assert check_distilled_set(made, SPEC, 2, WHO) is made
+
+
+WRONG_EXTRAS: dict[str, tuple[dict[str, Any], str, str]] = {
+    "missing": (
+        {"recipe": Recipe(uses=("weights",))}, "the recipe uses weights, which the set lacks",
+        "weights",
+    ),
+    "a matrix": ({"whitening": torch.eye(16)}, "a Tensor for Whitening", "one or None"),
+    "another size": (
+        {"whitening": whitening(matrix=torch.eye(9))},
+        "whitening.matrix is torch.float32 of shape (9, 9)", "float32 (16, 16)",
+    ),
+    "singular": (
+        {"whitening": whitening(matrix=torch.ones(16, 16))}, "whitening.matrix is singular",
+        "an invertible matrix",
+    ),
+    "weights of nothing": ({"weights": torch.zeros(6)}, "weights from 0 with mean 0", "none neg"),
+    "few weights": ({"weights": torch.ones(5)}, "weights is torch.float32 of shape (5,)", "float"),
+    "odd views": (
+        {"views": views(image=torch.arange(7) % 6)}, "7 views for 6 images", "a multiple of 6",
+    ),
+    "views of another image": (
+        {"views": views(image=torch.full((12,), 6))}, "views.image spans 6..6", "0..5",
+    ),
+    "no partner": ({"views": views(partner=torch.full((12,), -1))}, "views.partner spans", "0..11"),
+    "wide logits": (
+        {"views": views(logits=torch.zeros(12, 4).half())}, "views.logits is torch.float16 of (12",
+        "torch.float16 (12, 3)",
+    ),
+    "nan logits": (
+        {"views": views(logits=torch.full((12, 3), torch.nan).half())},
+        "views.logits has NaN or infinite values", "finite values",
+    ),
+    "empty crops": ({"views": views(crop=torch.zeros(12, 4))}, "views with a mix weight", "parts"),
+    "too much of the partner": (
+        {"views": views(mix_weight=torch.full((12,), 1.5))}, "views with a mix weight", "parts",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_EXTRAS)
+def test_wrong_extras_are_refused(case):
+    changes, found, expected = WRONG_EXTRAS[case]
+    made = DistilledSet(**{"images": images(), "labels": LABELS, **changes})
     said = refusal(check_distilled_set, made, SPEC, 2, WHO)
     assert said[0].startswith(found)
     assert said[1].startswith(expected)
