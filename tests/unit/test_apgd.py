@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
+import pyautoattack
 import pytest
 import torch
 from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from torch import Tensor, nn
 
-from rdd_bench.api import Run, Threat
+from rdd_bench.api import NotApplicable, RddBenchError, Run, Threat
 from rdd_bench_builtin.attacks._apgd import APGD, FEW, _checkpoints
+from rdd_bench_builtin.attacks.apgd_ce import APGDCE
+from rdd_bench_builtin.attacks.apgd_t import APGDT
 from rdd_bench_builtin.attacks.autoattack import AutoAttack
 
 NAMES = {"linf": "Linf", "l2": "L2"}
@@ -375,6 +379,101 @@ class TestWithinAutoAttack:
             messages.append(attack.messages)
         assert messages[0] == messages[1]
         assert "zero gradient" in messages[0][0]
+
+
+ALONE: list[Any] = [APGDCE, APGDT]
+
+
+class TestAlone:
+    @pytest.mark.parametrize("norm", NAMES)
+    @pytest.mark.parametrize(
+        ("kind", "restarts", "adversarial"),
+        [(APGDCE, 1, True), (APGDCE, 5, False), (APGDT, 1, True)],
+    )
+    def test_verdicts_are_those_of_the_package_running_this_part_only(
+        self, kind, norm, restarts, adversarial, digits, tmp_path
+    ):
+        network, images, labels = digits(10, adversarial)
+        kept = network(images).argmax(1) == labels
+        images, labels = images[kept], labels[kept]
+        torch.manual_seed(1)
+        attacked = kind.configured({"restarts": restarts}).perturb(
+            network, images, labels, Threat(norm, BUDGETS[norm]), run_in(tmp_path)
+        )
+        torch.manual_seed(1)
+        package = pyautoattack.AutoAttack(
+            network,
+            norm=NAMES[norm],
+            eps=BUDGETS[norm],
+            seed=int(torch.randint(2**31, ())),
+            version="custom",
+            attacks=[kind.name],
+        )
+        package.apgd.n_restarts = package.apgd_targeted.n_restarts = restarts
+        with torch.random.fork_rng():
+            theirs, _ = package.run_standard_evaluation(images, labels, batch_size=30)
+        right = network(attacked).argmax(1) == labels
+        assert torch.equal(right, network(theirs).argmax(1) == labels)
+        assert torch.equal(attacked[right], images[right])
+        assert 0 < right.sum() < len(right)
+        assert len(right) > 30, "choose more images than a batch"
+
+    @pytest.mark.parametrize("kind", ALONE)
+    def test_the_published_setting_is_the_default(self, kind):
+        published = {"iterations": 100, "restarts": 1}
+        assert kind().config.model_dump() == published | ({"targets": 9} if kind is APGDT else {})
+        with pytest.raises(RddBenchError, match="iterations=0"):
+            kind.configured({"iterations": 0})
+
+    @pytest.mark.parametrize(
+        ("classes", "instead"),
+        [(2, "apgd-ce"), (3, "apgd-ce, or autoattack with attacks=apgd-dlr")],
+    )
+    def test_four_classes_are_needed_for_targets(self, classes, instead, digits, tmp_path):
+        network, images, labels = digits(classes)
+        threat, run = Threat("linf", 0.1), run_in(tmp_path)
+        with pytest.raises(NotApplicable, match=f"the network has {classes}; use {instead}$"):
+            APGDT().perturb(network, images, labels, threat, run)
+        # What it says does work.
+        APGDCE.configured(APGDCE.smoke).perturb(network, images, labels, threat, run)
+        if classes == 3:
+            dlr = AutoAttack.configured({"attacks": ["apgd-dlr"], "iterations": 2})
+            dlr.perturb(network, images, labels, threat, run)
+
+    def test_with_four_classes_all_three_others_are_targets(self, tmp_path):
+        # Only the last-ranked class is within reach.
+        class Ranked(nn.Module):
+            def forward(self, images):
+                step = images[:, 0, 0, 0] - 0.5
+                zero = torch.zeros_like(step)
+                return torch.stack([zero + 1, zero + 0.9, zero + 0.8, zero + 0.7 + 2.1 * step], 1)
+
+        images, labels = torch.full((3, 1, 8, 8), 0.5), torch.zeros(3, dtype=torch.long)
+        for targets, broken in [(9, True), (2, False)]:
+            torch.manual_seed(0)  # Starts from which none is broken already.
+            attack = APGDT.configured({"targets": targets, "iterations": 10})
+            attacked = attack.perturb(
+                Ranked(), images, labels, Threat("linf", 0.15), run_in(tmp_path)
+            )
+            assert ((Ranked()(attacked).argmax(1) == 3) == broken).all()
+
+    def test_gradients_of_zero_are_said(self, digits, tmp_path):
+        network, images, labels = digits(10)
+
+        class Deaf(nn.Module):
+            def forward(self, points):
+                return network((4 * points).round() / 4)
+
+        kept = Deaf()(images).argmax(1) == labels
+        few = images[kept][:10], labels[kept][:10]
+        attack = APGDT.configured({"iterations": 2, "targets": 3})
+        attack.perturb(Deaf(), *few, Threat("linf", 0.02), run_in(tmp_path))
+        (message,) = attack.messages
+        assert re.fullmatch(
+            r"the gradient is zero at (\d+) of \1 random starts: it may be masked", message
+        )
+        attack.perturb(network, *few, Threat("linf", 0.02), run_in(tmp_path))
+        assert attack.messages == []
 
 
 def run_in(folder: Path) -> Run:

@@ -5,6 +5,7 @@ What every attack must keep is in ``test_attacks.py``.
 """
 
 import contextlib
+import dataclasses
 import importlib
 import warnings
 from pathlib import Path
@@ -15,7 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from rdd_bench.api import NotApplicable, Run, Threat, ascend, distance, project, random_start
-from rdd_bench_builtin.attacks import cw, deepfool, margin_pgd, mim, noise, pgd, square
+from rdd_bench_builtin.attacks import (
+    apgd_ce,
+    apgd_t,
+    autoattack,
+    cw,
+    deepfool,
+    fgsm,
+    margin_pgd,
+    mim,
+    noise,
+    pgd,
+    square,
+    transfer,
+)
 from rdd_bench_builtin.attacks._autoattack_adapter import package_name
 from rdd_bench_builtin.attacks._gradient import (
     broken,
@@ -23,15 +37,25 @@ from rdd_bench_builtin.attacks._gradient import (
     input_gradient,
     margin,
 )
+from rdd_bench_builtin.attacks.apgd_ce import APGDCE
+from rdd_bench_builtin.attacks.apgd_t import APGDT
+from rdd_bench_builtin.attacks.autoattack import AutoAttack
 from rdd_bench_builtin.attacks.cw import CW
 from rdd_bench_builtin.attacks.deepfool import DeepFool
+from rdd_bench_builtin.attacks.fgsm import FGSM
 from rdd_bench_builtin.attacks.margin_pgd import MarginPGD
 from rdd_bench_builtin.attacks.mim import MIM
 from rdd_bench_builtin.attacks.noise import Noise
 from rdd_bench_builtin.attacks.pgd import PGD
 from rdd_bench_builtin.attacks.square import Square
+from rdd_bench_builtin.attacks.transfer import Transfer
 
-SUITE: list[Any] = [PGD, MarginPGD, MIM, Square, Noise, DeepFool, CW]
+SUITE: dict[Any, Any] = {
+    fgsm: FGSM, pgd: PGD, margin_pgd: MarginPGD, mim: MIM, apgd_ce: APGDCE, apgd_t: APGDT,
+    autoattack: AutoAttack, square: Square, noise: Noise, transfer: Transfer,
+    deepfool: DeepFool, cw: CW,
+}  # fmt: skip
+"""Module and class."""
 UNBOUNDED = Threat("l2", 1e6)
 
 
@@ -87,8 +111,9 @@ def digits():
 def perturb(
     kind: Any, victim: Any, threat: Threat, run: Run, **options: Any
 ) -> tuple[Tensor, list[str]]:
-    """Attack with seed 1; return the images and the messages."""
+    """Attack with seed 1 and nothing in mind; return the images and the messages."""
     attack = kind.configured(options)
+    run = dataclasses.replace(run, memo={}, surrogates=lambda count: [victim[0]] * count)
     torch.manual_seed(1)
     return attack.perturb(*victim, threat, run), list(attack.messages)
 
@@ -131,14 +156,30 @@ def boundary_distances(model: Affine, images: Tensor, labels: Tensor) -> Tensor:
 # Everything -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", SUITE)
+TOO_FEW_CLASSES = {("apgd-t", 2), ("apgd-t", 3)}
+NO_TILES = {("square", "l2", (12, 20)), ("autoattack", "l2", (12, 20))}
+
+
+@pytest.mark.parametrize("kind", SUITE.values())
 @pytest.mark.parametrize(
-    ("classes", "shape"), [(2, (1, 5, 5)), (3, (3, 6, 7)), (10, (1, 8, 5)), (100, (3, 5, 8))]
-)
-def test_any_number_of_classes_channels_and_pixels_will_do(kind, classes, shape, run):
+    ("classes", "shape"),
+    [
+        (2, (1, 8, 8)), (3, (3, 28, 28)), (10, (1, 12, 20)), (100, (3, 20, 12)),
+        (10, (3, 8, 8)), (2, (3, 12, 20)), (3, (1, 20, 12)), (100, (1, 8, 8)),
+    ],
+)  # fmt: skip
+def test_any_number_of_classes_channels_and_pixels_will_do_or_is_refused(kind, classes, shape, run):
     victim = affine(classes, shape, 12)
     for norm in sorted(kind.norms):
         threat = Threat(norm, {"linf": 0.2, "l2": 0.8}[norm])
+        refused = (kind.name, classes) in TOO_FEW_CLASSES or (
+            (kind.name, norm, shape[1:]) in NO_TILES
+        )
+        if refused:
+            with pytest.raises(NotApplicable, match=f"^{kind.name}: .* use |leave it out") as error:
+                perturb(kind, victim, threat, run, **kind.smoke)
+            assert "\n" not in str(error.value)
+            continue
         attacked, _ = perturb(kind, victim, threat, run, **kind.smoke)
         assert attacked.shape == victim[1].shape
         assert distance(attacked, victim[1], norm).max() <= threat.eps * (1 + 1e-4)
@@ -147,16 +188,50 @@ def test_any_number_of_classes_channels_and_pixels_will_do(kind, classes, shape,
         assert not torch.equal(attacked, victim[1])
 
 
-@pytest.mark.parametrize("module", [pgd, margin_pgd, mim, square, noise, deepfool, cw])
-def test_every_module_offers_its_class(module):
-    (kind,) = module.rdd_bench_attacks()
-    assert kind in SUITE
-    assert kind.info.paper or kind is Noise
+@pytest.mark.parametrize("module", SUITE)
+def test_every_module_offers_its_class_which_names_its_paper(module):
+    assert module.rdd_bench_attacks() == [SUITE[module]]
+    assert SUITE[module].info.paper or module is noise
 
 
 def test_only_what_is_always_true_is_claimed():
-    claims = {kind.name: kind.stronger_than for kind in SUITE if kind.stronger_than}
-    assert claims == {"pgd": {"fgsm"}}
+    claims = {kind.name: kind.stronger_than for kind in SUITE.values() if kind.stronger_than}
+    assert claims == {
+        "pgd": {"fgsm"},
+        "mim": {"fgsm"},
+        "apgd-ce": {"fgsm"},
+        "apgd-t": {"fgsm"},
+        "autoattack": {"fgsm", "pgd", "margin-pgd", "mim", "apgd-ce", "apgd-t"},
+    }
+
+
+def test_access_is_what_the_attack_asks_of_the_network(digits, run):
+    network, images, labels = digits
+    asked = set()
+
+    class Watched(nn.Module):
+        def forward(self, pixels):
+            asked.add("white" if pixels.requires_grad else "black")
+            return network(pixels)
+
+    for kind in SUITE.values():
+        asked.clear()
+        attack = kind.configured(kind.smoke | ({"draws": 1} if kind is Noise else {}))
+        own = dataclasses.replace(run, memo={}, surrogates=lambda count: [network] * count)
+        attack.perturb(Watched(), images[:5], labels[:5], Threat("l2", 0.1), own)
+        if kind is Transfer:  # It may ask, and does not.
+            assert (kind.access, asked) == ("black", set())
+        else:
+            assert kind.access in asked if asked else kind.access == "none"
+            assert ("white" in asked) == (kind.access == "white")
+
+
+@pytest.mark.parametrize("kind", SUITE.values())
+def test_effort_is_an_option_that_can_be_doubled(kind):
+    assert (kind.effort is None) == (kind in (FGSM, Noise, DeepFool, CW))
+    if kind.effort is not None:
+        doubled = 2 * getattr(kind().config, kind.effort)
+        assert getattr(kind.configured({kind.effort: doubled}).config, kind.effort) == doubled
 
 
 # Being broken, and losses ---------------------------------------------------------------------
@@ -382,6 +457,96 @@ def test_neighbours_change_neither_distance_nor_verdict(kind, options, digits, r
     assert (one_by_one.argmax(1) != few[2]).all()
 
 
+NEAREST: list[tuple[Any, dict[str, Any]]] = [
+    (DeepFool, {"overshoot": 0.0}),
+    (CW, {"searches": 5, "steps": 200, "learning_rate": 0.005, "initial_c": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), NEAREST)
+def test_distances_are_the_analytic_ones_and_infinite_where_there_is_no_adversarial(
+    kind, options, run
+):
+    model, images, labels = affine(10, (1, 4, 4), 15)
+
+    class DeafToLight(nn.Module):
+        def forward(self, pixels):
+            light = pixels.flatten(1).mean(dim=1, keepdim=True) > 0.9
+            return model(pixels).where(~light, torch.eye(10)[0])
+
+    images = torch.cat([images, torch.full((5, 1, 4, 4), 0.95)])
+    labels = torch.cat([labels, torch.zeros(5).long()])
+    attack = kind.configured(options)
+    attacked = attack.perturb(DeafToLight(), images, labels, Threat("l2", 0.0), run)
+    assert torch.equal(attacked, images)
+    assert attack.distances[15:].isinf().all()
+    expected = boundary_distances(model, images[:15], labels[:15])
+    beyond = attack.distances[:15] - expected
+    assert (beyond >= -1e-4 * expected).all()
+    assert beyond.median() < 2e-4
+    assert attack.messages[0].startswith("found an adversarial for 15 of 20 images")
+    # An instance remembers nothing of its last call.
+    attack.perturb(model, images[:0], labels[:0], Threat("l2", 0.1), make_run(run.scratch))
+    assert attack.distances.shape == (0,)
+
+
+SHARED: list[tuple[Any, dict[str, Any], Any]] = [
+    (FGSM, {}, "linf"), (FGSM, {}, "l2"), (DeepFool, {}, "l2"), (CW, CW_SHORT, "l2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "options", "norm"), SHARED)
+class TestTheNextBudget:
+    def test_costs_no_pass_and_changes_no_bit(self, kind, options, norm, digits, run):
+        network, images, labels = digits
+        passes = 0
+
+        class Counting(nn.Module):
+            def forward(self, pixels):
+                nonlocal passes
+                passes += 1
+                return network(pixels)
+
+        shared = kind.configured(options)
+        after, broken = [], []
+        for eps in (0.3, 0.1, 0.5):
+            attacked = shared.perturb(Counting(), images, labels, Threat(norm, eps), run)
+            after.append(passes)
+            alone, messages = perturb(kind, digits, Threat(norm, eps), run, **options)
+            assert torch.equal(attacked, alone)
+            assert list(shared.messages) == messages
+            broken.append(int((network(attacked).argmax(1) != labels).sum()))
+        assert after[0] == after[1] == after[2] > 0
+        assert broken[1] < broken[0] < broken[2]
+
+    def test_other_images_or_labels_are_searched_anew(self, kind, options, norm, digits, run):
+        network, images, labels = digits
+        images, labels = images[:20], labels[:20]
+        threat = Threat(norm, 0.3)
+        attack = kind.configured(options)
+        attack.perturb(network, images, labels, threat, run)
+        others = images.clone()
+        others[3, 0, 4, 4] += 0.01
+        for seen, true in [(others, labels), (images, labels.roll(1)), (images[:10], labels[:10])]:
+            got = attack.perturb(network, seen, true, threat, run)
+            assert torch.equal(got, perturb(kind, (network, seen, true), threat, run, **options)[0])
+        assert len(run.memo["images"]) == 10  # One memory, of the last images.
+
+    def test_what_the_caller_does_to_its_images_does_not_matter(
+        self, kind, options, norm, digits, run
+    ):
+        network, images, labels = digits
+        images, labels = images[:20].clone(), labels[:20].clone()
+        attack = kind.configured(options)
+        threat = Threat(norm, 0.3)
+        first = attack.perturb(network, images, labels, threat, run)
+        expected = first.clone()
+        first.zero_()
+        before = images.clone()
+        images.zero_()
+        assert torch.equal(attack.perturb(network, before, labels, threat, run), expected)
+
+
 def test_cw_moves_pixels_that_are_exactly_black_or_white(run):
     model, images, _ = affine(3, (1, 4, 4), 15)
     images = (images > 0.5).float()
@@ -483,10 +648,11 @@ def test_square_needs_no_gradient(digits, run):
     assert (network(by_queries).argmax(1) != labels).sum() > 20
 
 
-def test_square_reaches_the_analytic_verdicts(run):
+@pytest.mark.parametrize("sides", [(5, 5), (4, 7), (7, 4)])
+def test_square_reaches_the_analytic_verdicts(sides, run):
     # The package's small squares never lie in the last row and column, so these count nothing.
-    model, images, _ = affine(2, (1, 5, 5), 100)
-    inside = torch.ones(5, 5)
+    model, images, _ = affine(2, (1, *sides), 100)
+    inside = torch.ones(sides)
     inside[-1] = inside[:, -1] = 0
     weight = model.weight * inside.flatten().unsqueeze(1)
     model = Affine(weight, -0.5 * weight.sum(dim=0))

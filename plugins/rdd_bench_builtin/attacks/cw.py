@@ -25,7 +25,7 @@ from pydantic import Field
 
 from rdd_bench.api import Attack, Config, Info, Run, Threat, distance, hookimpl
 from rdd_bench_builtin.attacks._gradient import broken, margin
-from rdd_bench_builtin.attacks._nearest import nearest_within
+from rdd_bench_builtin.attacks._nearest import in_words, nearest_within
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,9 +72,10 @@ class CW(Attack[CWOptions]):
         self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run
     ) -> Tensor:
         """Return the adversarials that lie within the budget; other images as they came."""
-        attacked, self.messages = nearest_within(
+        attacked, self.distances = nearest_within(
             self._search, model, images, labels, threat, run, self.name
         )
+        self.messages = in_words(self.distances)
         return attacked
 
     def _search(self, model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

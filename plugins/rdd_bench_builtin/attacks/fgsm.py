@@ -25,6 +25,7 @@ from rdd_bench.api import (
     project,
 )
 from rdd_bench_builtin.attacks._gradient import input_gradient
+from rdd_bench_builtin.attacks._memory import kept
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,14 +44,15 @@ class FGSM(Attack[NoOptions]):
         self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run
     ) -> Tensor:
         """Return the images one step further, (n, c, h, w)."""
-        attacked = torch.empty_like(images)
-        for batch in run.track(list(run.batches(len(images))), "fgsm"):
-            clean = images[batch]
-            gradient = input_gradient(model, clean, labels[batch], "ce")
-            attacked[batch] = project(
-                ascend(clean, gradient, threat.norm, threat.eps), clean, threat
-            )
-        return attacked
+
+        def gradients() -> Tensor:
+            found = torch.empty_like(images)
+            for batch in run.track(list(run.batches(len(images))), self.name):
+                found[batch] = input_gradient(model, images[batch], labels[batch], "ce")
+            return found
+
+        gradient = kept(run, images, labels, gradients)
+        return project(ascend(images, gradient, threat.norm, threat.eps), images, threat)
 
 
 @hookimpl

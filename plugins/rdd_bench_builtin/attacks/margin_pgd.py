@@ -41,6 +41,7 @@ class MarginPGD(Attack[MarginPGDOptions]):
     )
     smoke: ClassVar[Mapping[str, Any]] = {"steps": 2}
     norms = frozenset({"linf", "l2"})
+    effort = "steps"
 
     def perturb(
         self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run

@@ -45,6 +45,8 @@ class MIM(Attack[MIMOptions]):
     )
     smoke: ClassVar[Mapping[str, Any]] = {"steps": 2}
     norms = frozenset({"linf", "l2"})
+    stronger_than = frozenset({"fgsm"})
+    effort = "steps"
 
     def perturb(
         self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run

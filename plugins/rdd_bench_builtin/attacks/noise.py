@@ -33,6 +33,7 @@ class Noise(Attack[NoiseOptions]):
     info = Info(title="Uniform noise", licence="MIT")
     smoke: ClassVar[Mapping[str, Any]] = {"draws": 2}
     norms = frozenset({"linf", "l2"})
+    access = "none"
 
     def perturb(
         self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run

@@ -46,6 +46,7 @@ class PGD(Attack[PGDOptions]):
     smoke: ClassVar[Mapping[str, Any]] = {"steps": 2}
     norms = frozenset({"linf", "l2"})
     stronger_than = frozenset({"fgsm"})
+    effort = "steps"
 
     def perturb(
         self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run

@@ -55,6 +55,8 @@ class Square(Attack[SquareOptions]):
     )
     smoke: ClassVar[Mapping[str, Any]] = {"queries": 5}
     norms = frozenset({"linf", "l2"})
+    access = "black"
+    effort = "queries"
 
     def provenance(self) -> dict[str, str]:
         """Return which package runs: its name, version and, from git, its commit."""
