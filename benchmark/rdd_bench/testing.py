@@ -14,6 +14,7 @@ distribution offers is checked with its smoke options on small real images.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import random
 import tempfile
@@ -259,7 +260,7 @@ def _training_data_untouched(offer: Offer, _: Registry) -> None:
 
 
 def _or_says_why(rule: Rule) -> Rule:
-    """Skip, with the reason, a distiller that cannot serve the small images and says so.
+    """Skip, with the reason, a plugin that cannot serve the small images and says so.
 
     ``unittest.SkipTest`` is what pytest and ``rdd-bench check`` both show as skipped.
     """
@@ -363,13 +364,19 @@ def _victim() -> tuple[Classifier, LabelledImages]:
     return model, data.subset(right.nonzero().flatten())
 
 
-def _perturb(offer: Offer, threat: Threat, seed: int = 1) -> tuple[Tensor, Classifier, Tensor]:
+def _perturb(
+    offer: Offer, threat: Threat, memo: dict[str, Any] | None = None
+) -> tuple[Tensor, Classifier, Tensor]:
     attack = offer.cls.configured(offer.cls.smoke)
     assert isinstance(attack, Attack)
     model, data = _victim()
     images = data.images.clone()
-    with tempfile.TemporaryDirectory() as scratch, seeded(seed):
-        run = small_run(Path(scratch))
+    with tempfile.TemporaryDirectory() as scratch, seeded(1):
+        run = dataclasses.replace(
+            small_run(Path(scratch)),
+            memo={} if memo is None else memo,
+            surrogates=lambda count: [_victim()[0] for _ in range(count)],
+        )
         candidates = attack.perturb(model, images, data.labels, threat, run)
     candidates = check_candidates(candidates, data.images, offer.who)
     if not torch.equal(images, data.images):
@@ -417,11 +424,36 @@ def _same_seed_same_attack(offer: Offer, _: Registry) -> None:
         _fail(offer, "two attacks with one seed differ", "the same bits")
 
 
+def _memo_changes_nothing(offer: Offer, _: Registry) -> None:
+    smaller, larger = (Threat(_norms(offer)[0], eps) for eps in (0.05, 0.1))
+    memo: dict[str, Any] = {}
+    _perturb(offer, smaller, memo)
+    if not torch.equal(_perturb(offer, larger, memo)[0], _perturb(offer, larger)[0]):
+        _fail(
+            offer,
+            "what it left in run.memo changes its answer under the next budget",
+            "only what no budget and no random draw decides",
+        )
+
+
+def _effort_is_a_number(offer: Offer, _: Registry) -> None:
+    """The option that says how long it searches can be doubled."""
+    cls: Any = offer.cls
+    if cls.effort is None:
+        return
+    value = cls().config.model_dump().get(cls.effort)
+    if not isinstance(value, int) or isinstance(value, bool):
+        _fail(offer, f"effort '{cls.effort}' with the value {value!r}", "an option that counts")
+    cls.configured({cls.effort: 2 * value})
+
+
 _ATTACK_RULES: Rules = [
-    ("stays within budget and box in every norm it names", _within_budget),
-    ("changes nothing with a budget of zero", _null_attack),
-    ("leaves the network as it was", _network_unchanged),
-    ("gives the same images for the same seed", _same_seed_same_attack),
+    ("stays within budget and box in every norm it names", _or_says_why(_within_budget)),
+    ("changes nothing with a budget of zero", _or_says_why(_null_attack)),
+    ("leaves the network as it was", _or_says_why(_network_unchanged)),
+    ("gives the same images for the same seed", _or_says_why(_same_seed_same_attack)),
+    ("is not led astray by what it keeps between budgets", _or_says_why(_memo_changes_nothing)),
+    ("names as its effort an option that counts", _effort_is_a_number),
 ]
 
 

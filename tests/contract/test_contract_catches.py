@@ -400,6 +400,38 @@ def test_images_outside_the_threat_are_caught(change, found):
     assert found in says(testing._within_budget, attack(change))
 
 
+def test_an_attack_that_keeps_what_a_budget_decided_is_caught():
+    class Forgetful(GoodAttack):
+        """Returns what it made under the first budget."""
+
+        def perturb(self, model, images, labels, threat, run):
+            return run.memo.setdefault("made", project(images + threat.eps, images, threat))
+
+    assert "run.memo changes its answer" in says(testing._memo_changes_nothing, Forgetful)
+    apply(testing._memo_changes_nothing, GoodAttack)
+
+
+@pytest.mark.parametrize(("named", "found"), [("depth", "the value None"), ("speed", "value 0.5")])
+def test_an_effort_that_is_no_number_of_steps_is_caught(named, found):
+    class Options(Config):
+        """Options."""
+
+        speed: float = 0.5
+        """No count."""
+        rounds: int = 3
+        """A count."""
+
+    class Lazy(GoodAttack):
+        """Has no such option."""
+
+        config_class = Options
+        effort = named
+
+    assert found in says(testing._effort_is_a_number, Lazy)
+    Lazy.effort = "rounds"
+    apply(testing._effort_is_a_number, Lazy)
+
+
 def test_the_budget_is_measured_in_every_norm_that_is_named():
     class OnlyLinf(GoodAttack):
         """Says that it respects both norms, and boxes each pixel whatever the norm."""

@@ -228,7 +228,7 @@ def test_access_is_what_the_attack_asks_of_the_network(digits, run):
 
 @pytest.mark.parametrize("kind", SUITE.values())
 def test_effort_is_an_option_that_can_be_doubled(kind):
-    assert (kind.effort is None) == (kind in (FGSM, Noise, DeepFool, CW))
+    assert (kind.effort is None) == (kind in (FGSM, Noise, DeepFool, CW, AutoAttack))
     if kind.effort is not None:
         doubled = 2 * getattr(kind().config, kind.effort)
         assert getattr(kind.configured({kind.effort: doubled}).config, kind.effort) == doubled

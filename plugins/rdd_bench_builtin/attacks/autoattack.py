@@ -62,7 +62,7 @@ class AutoAttack(Attack[AutoAttackOptions]):
     smoke: ClassVar[Mapping[str, Any]] = {"iterations": 2, "square_queries": 5}
     norms = frozenset({"linf", "l2"})
     stronger_than = frozenset({"fgsm", "pgd", "margin-pgd", "mim", "apgd-ce", "apgd-t"})
-    effort = "iterations"
+    # No effort is named: to try twice as many iterations would cost more than the attack itself.
 
     def __init__(self, config: AutoAttackOptions | None = None) -> None:
         super().__init__(config)
