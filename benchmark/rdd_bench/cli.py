@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rdd_bench import __version__
+from rdd_bench.cli_compare import compare as compare_command
 from rdd_bench.cli_judge import COMMANDS
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.terminal import NAMES, NUMBERS, print_table, registry_for_users
@@ -260,8 +261,17 @@ def check(distribution: str) -> None:
     metavar="DIR",
     help="Also write the records there, one .jsonl a distiller.",
 )
+@click.option(
+    "--compatibility",
+    type=NAMES,
+    help="Also show the scores of other benchmarks: beard, dd-ranking. They rank nothing.",
+)
 def leaderboard(
-    runs: Sequence[Path], output: Path | None, compare: bool, publish: Path | None
+    runs: Sequence[Path],
+    output: Path | None,
+    compare: bool,
+    publish: Path | None,
+    compatibility: Sequence[str] | None,
 ) -> None:
     r"""Render run folders or published .jsonl records as one Markdown leaderboard.
 
@@ -276,7 +286,7 @@ def leaderboard(
     records, problems = read_records(runs)
     for problem in problems:
         click.echo(f"ignored: {problem}", err=True)
-    text = render(records)
+    text = render(records, compatibility or ())
     if compare:
         if output is None:
             raise RddBenchError("--check needs --output FILE, the file to compare with")
@@ -297,7 +307,7 @@ def leaderboard(
         click.echo(f"wrote {len(files)} files of records to {publish}")
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, compare_command):
     cli.add_command(command)
 
 

@@ -9,59 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from rdd_bench.metrics import (
-    Estimate,
-    Scores,
-    accuracy,
-    check_strength,
-    estimate,
-    rank_intervals,
-    stack,
-    worst_case,
-)
+from rdd_bench.matched import ControlSet, matched_worst
+from rdd_bench.metrics import Estimate, accuracy, check_strength, estimate, rank_intervals
 from rdd_bench.records import AttackRecord, Flag
 from rdd_bench.results import Cell, Results
-
-Threat = tuple[str, float]
-"""Norm and eps."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One distiller in one table: its cells by architecture."""
-
-    label: str
-    role: str
-    cells: dict[str, list[Cell]]
-    """By label of the architecture; one cell a distillation seed."""
-
-    def all_cells(self) -> list[Cell]:
-        return [cell for cells in self.cells.values() for cell in cells]
-
-    def has(self, architectures: Sequence[str], attacks: Sequence[str], threat: Threat) -> bool:
-        """Whether every architecture, in the same seeds, was attacked with every attack."""
-        found = [self.cells.get(name, []) for name in architectures]
-        seeds = {tuple((c.distill.seed, *c.train.seeds) for c in cells) for cells in found}
-        return (
-            bool(attacks)
-            and all(found)
-            and len(seeds) == 1
-            and all(find_attack(c, a, threat) for cells in found for c in cells for a in attacks)
-        )
-
-    def clean(self, architecture: str) -> Scores:
-        """Return clean outcomes (distillation and training seeds, images)."""
-        return stack([b for cell in self.cells[architecture] for b in cell.train.bitmaps()])
-
-    def robust(self, architecture: str, attacks: Sequence[str], threat: Threat) -> Scores:
-        """Return outcomes under the worst of the attacks on each image (seeds, images)."""
-        bitmaps = []
-        for cell in self.cells[architecture]:
-            found = [find_attack(cell, attack, threat) for attack in attacks]
-            bitmaps += worst_case([record.bitmaps() for record in found if record])
-        return stack(bitmaps)
+from rdd_bench.rows import Row, Threat, is_control, make_rows
 
 
 @dataclass(frozen=True)
@@ -74,6 +26,9 @@ class Standing:
     worst: Estimate
     gain: Estimate | None
     """Worst case minus that of the control row, image by image; None for the control itself."""
+    matched: Estimate | None
+    """Worst case minus that of real images of the same clean accuracy; None where there are none,
+    for references and for the control itself."""
     rank: tuple[int, int] | None
     """None for references and for rows that lack a result."""
 
@@ -90,6 +45,8 @@ class Table:
     rows: list[Row]
     """Methods and baselines."""
     references: list[Row]
+    controls: list[Row]
+    """The control at every number of images per class, in this track."""
     architectures: list[str]
     threats: list[Threat]
     """All that any row was attacked under, sorted."""
@@ -143,7 +100,8 @@ class Table:
             return []
         complete = [r for r in self.all_rows() if r.has(self.architectures, attacks, threat)]
         control = next((r for r in complete if is_control(r)), None)
-        standings = [self._standing(row, attacks, threat, control) for row in complete]
+        sets = self.control_sets(threat)
+        standings = [self._standing(row, attacks, threat, control, sets) for row in complete]
         ranked = [s for s in standings if s.row.role != "reference"]
         ranked.sort(key=lambda s: (-s.worst.mean, s.row.label))
         intervals = rank_intervals([s.worst for s in ranked])
@@ -160,49 +118,56 @@ class Table:
             return self.all_rows()
         return [r for r in self.all_rows() if not r.has(self.architectures, attacks, threat)]
 
+    def control_sets(self, threat: Threat) -> list[ControlSet]:
+        """Return the control at every number of images per class that was attacked in full."""
+        names, attacks = self.architectures, self.ranking_attacks(threat)
+        return [
+            ControlSet(
+                ipc=row.all_cells()[0].distill.ipc,
+                seeds=row.seeds(names[0]),
+                clean=row.mean_clean(names),
+                worst=row.mean_robust(names, attacks, threat),
+            )
+            for row in self.controls
+            if row.has(names, attacks, threat)
+        ]
+
     def _standing(
-        self, row: Row, attacks: Sequence[str], threat: Threat, control: Row | None
+        self,
+        row: Row,
+        attacks: Sequence[str],
+        threat: Threat,
+        control: Row | None,
+        sets: Sequence[ControlSet],
     ) -> Standing:
-        worst = self._average(row, attacks, threat)
-        gain = None
+        names = self.architectures
+        seeds, draws = row.seeds(names[0]), row.draws(names[0])
+        clean = row.mean_clean(names)
+        worst = row.mean_robust(names, attacks, threat)
+        gain = matched = None
         if control is not None and control is not row:
-            theirs = self._average(control, attacks, threat)
+            theirs = control.mean_robust(names, attacks, threat)
             # Training seeds share initial weights and batch order, so equal seeds are paired;
-            # where the numbers of seeds differ only the images are.
-            if theirs.shape != worst.shape:
+            # where the seeds differ only the images are.
+            if control.seeds(names[0]) != seeds:
                 theirs = theirs.mean(axis=0, keepdims=True)
-            gain = estimate(worst - theirs)
+            gain = estimate(worst - theirs, draws)
+        if row.role != "reference" and not is_control(row):
+            real = matched_worst(clean, seeds, sets)
+            matched = None if real is None else estimate(worst - real, draws)
         return Standing(
             row=row,
-            clean=accuracy(np.mean([row.clean(name) for name in self.architectures], axis=0)),
+            clean=accuracy(clean, draws),
             by_attack={
-                label: accuracy(self._average(row, [label], threat))
+                label: accuracy(row.mean_robust(names, [label], threat), draws)
                 for label in self.attacks(threat)
-                if row.has(self.architectures, [label], threat)
+                if row.has(names, [label], threat)
             },
-            worst=accuracy(worst),
+            worst=accuracy(worst, draws),
             gain=gain,
+            matched=matched,
             rank=None,
         )
-
-    def _average(self, row: Row, attacks: Sequence[str], threat: Threat) -> Scores:
-        scores: Scores = np.mean(
-            [row.robust(name, attacks, threat) for name in self.architectures], axis=0
-        )
-        return scores
-
-
-def is_control(row: Row) -> bool:
-    """Whether the protocol compares everybody with this row."""
-    return any(cell.distill.control for cell in row.all_cells())
-
-
-def find_attack(cell: Cell, label: str, threat: Threat) -> AttackRecord | None:
-    """Return the record of one attack on a cell."""
-    for record in cell.attacks:
-        if record.attack.label == label and (record.norm, record.eps) == threat:
-            return record
-    return None
 
 
 def make_tables(results: Results) -> list[Table]:
@@ -218,11 +183,9 @@ def make_tables(results: Results) -> list[Table]:
         groups.setdefault(key, []).append(cell)
     tables = []
     for (protocol, sha256, dataset, _), cells in sorted(groups.items()):
-        references = _rows([c for c in cells if c.distill.role == "reference"])
+        references = make_rows([c for c in cells if c.distill.role == "reference"])
         others = [c for c in cells if c.distill.role != "reference"]
-        # Only references: they make a table of their own.
-        kinds = sorted({(c.distill.ipc, c.train.track) for c in others}) or [(0, "reference")]
-        for ipc, track in kinds:
+        for ipc, track in _kinds(others):
             mine = [c for c in others if (c.distill.ipc, c.train.track) == (ipc, track)]
             threats = {(a.norm, a.eps): a.ranked for c in cells for a in c.attacks}
             tables.append(
@@ -232,8 +195,9 @@ def make_tables(results: Results) -> list[Table]:
                     dataset=dataset,
                     ipc=ipc,
                     track=track,
-                    rows=_rows(mine),
+                    rows=make_rows(mine),
                     references=references,
+                    controls=_controls([c for c in others if c.train.track == track]),
                     architectures=sorted({c.train.architecture.label for c in mine or cells}),
                     threats=sorted(threats),
                     ranked=sorted(threat for threat, ranked in threats.items() if ranked),
@@ -242,13 +206,27 @@ def make_tables(results: Results) -> list[Table]:
     return tables
 
 
-def _rows(cells: Sequence[Cell]) -> list[Row]:
-    rows: dict[str, Row] = {}
-    for cell in sorted(cells, key=lambda c: (c.distill.distiller.label, c.distill.seed)):
-        label = cell.distill.distiller.label
-        row = rows.setdefault(label, Row(label, cell.distill.role, {}))
-        row.cells.setdefault(cell.train.architecture.label, []).append(cell)
-    return list(rows.values())
+def _kinds(cells: Sequence[Cell]) -> list[tuple[int, str]]:
+    """Return IPC and track of every table to make of the cells that are no references.
+
+    What holds nothing but the control serves the matching of other tables, where there are any.
+    """
+    kinds = {(c.distill.ipc, c.train.track) for c in cells}
+    judged = {(c.distill.ipc, c.train.track) for c in cells if not c.distill.control}
+    # Only references: they make a table of their own.
+    return sorted(judged or kinds) or [(0, "reference")]
+
+
+def _controls(cells: Sequence[Cell]) -> list[Row]:
+    """Return the control at every number of images per class.
+
+    Of several with other options the first by label, with which the gain is computed too.
+    """
+    controls = [c for c in cells if c.distill.control]
+    label = min((c.distill.distiller.label for c in controls), default="")
+    mine = [c for c in controls if c.distill.distiller.label == label]
+    sizes = sorted({c.distill.ipc for c in mine})
+    return [row for ipc in sizes for row in make_rows([c for c in mine if c.distill.ipc == ipc])]
 
 
 def row_flags(row: Row) -> list[tuple[Cell, AttackRecord | None, Flag]]:

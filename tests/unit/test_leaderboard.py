@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from rdd_bench.errors import UnknownNameError
 from rdd_bench.leaderboard import publish, render, summary_rows
 from rdd_bench.records import Flag, parse_lines
 from rdd_bench.results import join, results_frame
@@ -65,14 +66,16 @@ def test_a_row_says_what_was_measured(finished):
     assert dm[5].startswith("+25.0 [")
     assert random[5] == "–"
     assert whole[5].startswith("+50.0 [")
-    assert dm[6:] == ["100", "25,600", "1×2", "none"]
-    assert whole[6] == "1,297"
+    assert dm[6] == "–"  # no number of random images is as accurate as dm
+    assert dm[7:] == ["100", "25,600", "1×2", "none"]
+    assert whole[7] == "1,297"
 
 
 def test_a_table_says_what_it_rests_on(finished):
     text = section(render(finished.records), "digits, 1 image per class, natural track")
     assert "Protocol toy-v1 (`aaaaaaaaaaaa`), 4 test images (`777777777777`)" in text
-    assert "architectures convnet, training seeds 0, 1, on a slow machine." in text
+    assert "architectures convnet, training seeds 0, 1, on a slow machine, " in text
+    assert "gain at equal clean from random at IPC 1, 10." in text
     assert "**Ranked: L∞ 0.1**" in text
 
 
@@ -167,6 +170,88 @@ def test_versions_say_every_plugin_and_option(finished):
         assert re.search(rf"\| {label} +\| rdd-bench/{label} 1.0 \(`55555555`\)", text)
     assert "`environment-1`: a slow machine" in text
     assert "torch 2.6.0" in text
+
+
+# Further tables -------------------------------------------------------------------------------
+
+
+def cells_under(text: str, title: str, distiller: str) -> dict[str, str]:
+    """Return the cells of one row of the table that follows a title."""
+    table = text.split(title)[1]
+    row = next(r for r in table_rows(table) if r[0] == distiller)
+    return dict(zip(heading(table), row, strict=True))
+
+
+def test_the_gain_at_equal_clean_has_a_column(book):
+    for ipc, clean, robust in ((1, "1000", "0000"), (10, "1110", "1100")):
+        book.cell("random", [clean], [robust], ipc=ipc, role="baseline", control=True)
+    book.cell("dm", ["1010"], ["1010"], ipc=10)
+    text = section(render(book.records), "digits, 10 images per class, natural track")
+    dm = dict(zip(heading(text), table_rows(text)[0], strict=True))
+    # Half of one random image and half of another: 25 % right under attack where dm has 50 %.
+    assert dm["Gain at equal clean"].startswith("+25.0 [")
+    assert "gain at equal clean from random at IPC 1, 10." in text
+
+
+def test_an_ipc_that_only_serves_matching_has_no_section_but_its_flags_are_said(book):
+    flag = Flag(name="budget", message="moved images too far", value=0.5)
+    train = book.train(
+        book.distill("random", ipc=50, role="baseline", control=True), ["1111"], flags=[flag]
+    )
+    book.attack(train, ["1100"])
+    book.cell("dm", ["1110"], ["1100"], ipc=10)
+    text = render(book.records)
+    assert "50 images per class" not in text
+    assert "- **budget** (random, IPC 50, natural, convnet): moved images too far" in text
+
+
+def test_the_spread_tells_training_from_sets(book):
+    for seed, outcomes in enumerate((["1111", "1110"], ["1100", "1000"])):
+        book.cell("dm", ["1111"] * 2, outcomes, seed=seed)
+    dm = cells_under(render(book.records), "Spread under L∞ 0.1", "dm")
+    assert dm["Worst case, training"] == "17.7"  # of 100 and 75, and of 50 and 25
+    assert dm["Worst case, sets"] == "35.4"  # of 87.5 and 37.5
+    assert dm["Clean, sets"] == "0.0"
+    # Of 25, 50, 75 and 100 % the lower of the two in the middle; 2 of 4 by Clopper and Pearson.
+    assert dm["Median network"] == "convnet, seed 0 on set 1: 50.0 [6.8, 93.2]"
+
+
+def test_one_set_has_no_spread_over_sets(finished):
+    dm = cells_under(render(finished.records), "Spread under L∞ 0.1", "dm")
+    assert dm["Worst case, sets"] == "–"
+    assert dm["Median network"].startswith("convnet, seed 0: 50.0 [")
+
+
+def test_median_distances_are_means_over_networks(book):
+    for label, distances in (("dm", [0.5, 0.25]), ("mat", [0.5, None])):
+        train = book.train(book.distill(label), ["1111"] * 2)
+        for eps, ranked in ((0.5, True), (1.0, False)):
+            given = {"norm": "l2", "eps": eps, "ranked": ranked}
+            book.attack(train, ["1100"] * 2, "cw", median_distance=distances, **given)
+    book.cell("dc", ["1111"] * 2, ["1100"] * 2)
+    text = render(book.records)
+    shown = [
+        cells_under(text, "Nearest adversarials", label)["cw, L2"] for label in ("dm", "mat", "dc")
+    ]
+    assert shown == ["0.375", "–", "–"]
+
+
+def test_without_distances_there_is_no_such_table(finished):
+    assert "Nearest adversarials" not in render(finished.records)
+
+
+def test_scores_of_other_benchmarks_are_shown_when_asked_for(finished):
+    text = render(finished.records, ["beard", "dd-ranking"])
+    assert cells_under(text, "BEARD's scores", "dm") == {
+        "Distiller": "dm", "RR": "0.00", "AE": "100.00", "CREI": "50.00",
+    }  # fmt: skip
+    assert cells_under(text, "DD-Ranking's scores", "whole")["LRS"] == "–"
+    assert "BEARD" not in render(finished.records)
+
+
+def test_a_benchmark_that_is_not_known_is_refused(finished):
+    with pytest.raises(UnknownNameError, match="did you mean 'beard'"):
+        render(finished.records, ["bear"])
 
 
 def test_the_short_tables_of_a_run_have_the_same_rows(finished):

@@ -12,8 +12,10 @@ from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from rdd_bench.metrics import (
+    RANKING_METRICS,
     Estimate,
     accuracy,
+    binomial_interval,
     check_strength,
     estimate,
     rank_intervals,
@@ -56,6 +58,39 @@ def test_an_attack_that_breaks_nothing_new_changes_nothing(found, data):
 @given(attacks)
 def test_the_order_of_attacks_does_not_matter(found):
     assert np.array_equal(np.stack(worst_case(found)), np.stack(worst_case(found[::-1])))
+
+
+# What may rank --------------------------------------------------------------------------------
+
+
+def all_attacks(found: list[np.ndarray]) -> dict[str, np.ndarray]:
+    return {f"attack-{number}": bitmaps for number, bitmaps in enumerate(found)}
+
+
+ranking = pytest.mark.parametrize("metric", RANKING_METRICS, ids=lambda m: m.__name__)
+
+
+@ranking
+@given(found=attacks)
+def test_what_ranks_is_a_fraction(metric, found):
+    assert 0 <= metric(all_attacks(found)) <= 1
+
+
+@ranking
+@given(found=attacks, data=st.data())
+def test_no_image_that_turns_right_lowers_what_ranks(metric, found, data):
+    which = data.draw(st.integers(0, len(found) - 1))
+    turned = data.draw(arrays(bool, found[0].shape))
+    better = [*found[:which], found[which] | turned, *found[which + 1 :]]
+    assert metric(all_attacks(better)) >= metric(all_attacks(found))
+
+
+@ranking
+@given(found=attacks, data=st.data())
+def test_a_dominated_attack_does_not_change_what_ranks(metric, found, data):
+    which = data.draw(st.integers(0, len(found) - 1))
+    weaker = found[which] | data.draw(arrays(bool, found[0].shape))
+    assert metric(all_attacks([*found, weaker])) == metric(all_attacks(found))
 
 
 # Estimates ------------------------------------------------------------------------------------
@@ -121,6 +156,71 @@ def test_differences_are_estimated_too(scores):
     mirrored = estimate(-scores)
     assert mirrored.mean == pytest.approx(-e.mean, abs=1e-12)
     assert mirrored.high == pytest.approx(-e.low, abs=1e-9)
+
+
+# Distillation seeds ---------------------------------------------------------------------------
+
+
+def test_spread_is_split_into_training_and_sets():
+    """Two sets with three networks each; percentages of 10 images right, by hand."""
+    right = np.array([6, 7, 8, 2, 4, 6])
+    scores = (np.arange(10) < right[:, None]).astype(float)
+    e = estimate(scores, [0, 0, 0, 1, 1, 1])
+    assert e.mean == pytest.approx(0.55)
+    assert e.std == pytest.approx(np.std(right / 10, ddof=1))
+    assert e.std_train == pytest.approx(math.sqrt((0.01 + 0.04) / 2))  # variances within sets
+    assert e.std_draw == pytest.approx(0.3 / math.sqrt(2))  # of 0.7 and 0.4
+    over_images = 1.959963984540054 * scores.mean(axis=0).std() / math.sqrt(10)
+    over_sets = 12.706204736 * 0.3 / 2  # Student's t, one degree
+    assert e.high - e.mean == pytest.approx(math.hypot(over_images, over_sets))
+
+
+def test_one_set_is_as_without_sets():
+    scores = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
+    one, without = estimate(scores, [3, 3, 3]), estimate(scores)
+    assert one == without
+    assert one.std_train == pytest.approx(one.std)
+    assert math.isnan(one.std_draw)
+
+
+def test_one_network_a_set_has_no_spread_of_training():
+    scores = np.array([[1.0, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]])
+    e = estimate(scores, [0, 1, 2])
+    assert math.isnan(e.std_train)
+    assert e.std_draw == pytest.approx(e.std)
+    assert (e.low, e.high) == (estimate(scores).low, estimate(scores).high)
+
+
+def test_sets_are_units_and_their_interval_covers():
+    """Sets vary by 5 points, training by 2: the mean over methods' sets is covered in 95 %."""
+    generator = np.random.default_rng(0)
+    draws = np.repeat(np.arange(4), 5)
+    covered, naive = 0, 0
+    for _ in range(400):
+        luck = generator.normal(0, 0.05, 4)[draws] + generator.normal(0, 0.02, 20)
+        scores = (0.5 + luck)[:, None] + generator.normal(0, 0.2, 300)
+        of_sets, of_seeds = estimate(scores, draws.tolist()), estimate(scores)
+        covered += of_sets.low <= 0.5 <= of_sets.high
+        naive += of_seeds.low <= 0.5 <= of_seeds.high
+    assert covered / 400 == pytest.approx(0.96, abs=0.03)
+    assert naive / 400 < 0.85  # twenty networks are not twenty sets
+
+
+@given(bitmaps, st.data())
+def test_the_order_of_seeds_does_not_matter(outcomes, data):
+    scores = stack(list(outcomes))
+    draws = data.draw(st.lists(st.integers(0, 2), min_size=len(scores), max_size=len(scores)))
+    there, back = estimate(scores, draws), estimate(scores[::-1], draws[::-1])
+    for name in ("mean", "std", "low", "high", "std_train", "std_draw"):
+        assert getattr(there, name) == pytest.approx(getattr(back, name), nan_ok=True)
+
+
+@pytest.mark.parametrize("right", [0, 3, 10])
+def test_the_binomial_interval_leaves_a_fortieth_on_each_side(right):
+    """What defines the interval of Clopper and Pearson; at the ends there is nothing beyond."""
+    low, high = binomial_interval(right, 10)
+    assert stats.binom.sf(right - 1, 10, low) == pytest.approx(0.025 if right else 1)
+    assert stats.binom.cdf(right, 10, high) == pytest.approx(0.025 if right < 10 else 1)
 
 
 # Ranks ----------------------------------------------------------------------------------------

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
+from rdd_bench.metrics import estimate
 from rdd_bench.records import AnyRecord, Flag
 from rdd_bench.results import join
 from rdd_bench.standings import Standing, Table, make_tables, row_flags
@@ -247,6 +249,113 @@ def test_without_a_control_there_is_no_gain(book):
     book.cell("random", ["1111"], ["1000"], role="baseline")
     book.cell("dm", ["1111"], ["1100"])
     assert [s.gain for s in only(book.records).standings(LINF)] == [None, None]
+
+
+# Gain at equal clean --------------------------------------------------------------------------
+
+
+def controls(book: Any, *sizes: tuple[int, list[str], list[str]], **given: Any) -> None:
+    """Write the control at several numbers of images per class."""
+    for ipc, clean, robust in sizes:
+        book.cell("random", clean, robust, ipc=ipc, role="baseline", control=True, **given)
+
+
+def matched(book: Any, label: str = "dm") -> Any:
+    """Return the gain at equal clean in the table of IPC 10."""
+    table = next(t for t in tables(book.records) if t.ipc == 10)
+    return next(s for s in table.standings(LINF) if s.row.label == label).matched
+
+
+def test_between_two_sizes_of_the_control_the_outcomes_are_interpolated(book):
+    """Clean 20 and 60 % around the row's 30 %: a quarter of the way."""
+    controls(book, (1, [first("8")], [first("4")]), (10, [first("24")], [first("20")]))
+    book.cell("dm", [first("12")], [first("10")])
+    gain = matched(book)
+    assert gain.mean == pytest.approx((10 - (0.75 * 4 + 0.25 * 20)) / 40)
+    by_hand = [0.0] * 4 + [0.75] * 6 + [-0.25] * 10 + [0.0] * 20
+    assert gain == estimate(np.array([by_hand]))
+
+
+def test_the_sizes_next_to_the_row_are_used(book):
+    controls(
+        book,
+        (1, [first("4")], [first("4")]),
+        (5, [first("10")], [first("6")]),
+        (10, [first("20")], [first("8")]),
+        (50, [first("40")], [first("40")]),
+    )
+    book.cell("dm", [first("15")], [first("7")])
+    assert matched(book).mean == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("clean", "worst"),
+    [("100", 20), ("200", 60), ("97", 20), ("203", 60), ("96", None), ("204", None)],
+)
+def test_beyond_the_control_one_point_is_forgiven_and_no_more(book, clean, worst):
+    sizes = [("1", "100", "20"), ("10", "200", "60")]
+    controls(book, *((int(i), [first(c, 300)], [first(w, 300)]) for i, c, w in sizes))
+    book.cell("dm", [first(clean, 300)], [first("60", 300)])
+    found = matched(book)
+    assert (found and found.mean) == (worst and pytest.approx((60 - worst) / 300))
+
+
+def test_the_control_and_references_are_not_matched(book):
+    controls(book, (1, ["1000"], ["1000"]), (10, ["1111"], ["1100"]))
+    reference(book)
+    book.cell("dm", ["1110"], ["1000"])
+    assert matched(book, "random") is None
+    assert matched(book, "whole") is None
+    assert matched(book, "dm") is not None
+
+
+def test_only_sizes_of_the_same_seeds_and_track_are_used(book):
+    controls(book, (10, ["1111"] * 2, ["1100"] * 2))
+    controls(book, (1, ["1000"], ["1000"]))  # one seed
+    train = book.train(
+        book.distill("random", ipc=2, role="baseline", control=True), ["1000"] * 2, track="author"
+    )
+    book.attack(train, ["1000"] * 2)
+    book.cell("dm", ["1100"] * 2, ["1000"] * 2)
+    assert matched(book) is None
+
+
+def test_a_control_with_further_seeds_is_used_in_those_of_the_row(book):
+    controls(book, (10, ["1100", "1111"], ["1000", "1111"]))
+    book.cell("dm", ["1100"], ["1100"])
+    assert matched(book).mean == 0.25
+
+
+def test_a_control_with_other_options_is_not_mixed_in(book):
+    controls(book, (10, ["1100"], ["1000"]))
+    book.cell("random [augment=]", ["1111"], ["1111"], ipc=50, role="baseline", control=True)
+    book.cell("dm", ["1110"], ["1000"])
+    assert matched(book) is None
+
+
+def test_a_size_that_only_serves_matching_is_no_table(book):
+    controls(book, (10, ["1111"], ["1100"]), (50, ["1111"], ["1110"]))
+    book.cell("dm", ["1111"], ["1000"])
+    assert [t.ipc for t in tables(book.records)] == [10]
+    assert [row.all_cells()[0].distill.ipc for row in only(book.records).controls] == [10, 50]
+
+
+def test_a_control_alone_has_its_tables(book):
+    controls(book, (10, ["1111"], ["1100"]), (50, ["1111"], ["1110"]))
+    assert [t.ipc for t in tables(book.records)] == [10, 50]
+
+
+# Several distilled sets -----------------------------------------------------------------------
+
+
+def test_training_seeds_of_one_set_are_no_evidence_about_other_sets(book):
+    """Many networks on two sets know little more about the method than the two sets do."""
+    for seed, right in enumerate(("20", "30")):
+        book.cell("dm", [first("40")] * 5, [first(right)] * 5, seed=seed)
+    (standing,) = only(book.records).standings(LINF)
+    assert standing.worst.std_train == 0
+    assert standing.worst.std_draw == pytest.approx(10 / 40 / math.sqrt(2))
+    assert (standing.worst.low, standing.worst.high) == (0, 1)  # t = 12.7 with one degree
 
 
 # What may not be mixed ------------------------------------------------------------------------
