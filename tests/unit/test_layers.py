@@ -26,12 +26,16 @@ artifacts
 foreign
 api registry overrides results
 training metrics audit store
-plan robustness standings
+plan robustness rows
+matched
+standings
+board_text comparison compatibility chart
+board_rows
 steps leaderboard display recall lint checkpoint
 executors
 runner
 terminal testing
-session
+session cli_compare
 cli_judge cli_quarantine
 cli
 """
