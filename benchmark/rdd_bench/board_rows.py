@@ -11,6 +11,7 @@ from rdd_bench.board_text import (
     percent,
     points,
     rank_text,
+    row_text,
     seconds_text,
     threat_text,
 )
@@ -29,7 +30,7 @@ def main_row(standing: Standing, attacks: Sequence[str]) -> dict[str, str]:
     distill_seeds = {cell.distill.seed for cell in cells}
     return {
         "Rank": rank_text(standing),
-        "Distiller": f"*{row.label}*" if row.role == "reference" else row.label,
+        "Distiller": row_text(row),
         "Clean": percent(standing.clean),
         **{attack: percent(standing.by_attack.get(attack), interval=False) for attack in attacks},
         "Worst case": percent(standing.worst),
@@ -38,7 +39,7 @@ def main_row(standing: Standing, attacks: Sequence[str]) -> dict[str, str]:
         "Images": f"{cells[0].distill.images:,}",
         "Bytes": f"{cells[0].distill.bytes:,}",
         "Seeds": f"{len(distill_seeds)}×{len(cells[0].train.seeds)}",
-        "Flags": ", ".join(names) or "none",
+        "Flags": ", ".join([*["quarantined"][: len(row.quarantined())], *names]) or "none",
     }
 
 

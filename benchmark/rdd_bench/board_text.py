@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from rdd_bench.metrics import Estimate
-from rdd_bench.rows import Threat
+from rdd_bench.rows import Row, Threat
 from rdd_bench.standings import Standing, Table
 from rdd_bench.types import format_eps
 
@@ -54,9 +54,16 @@ def signed_interval(low: float, high: float) -> str:
     return f"[{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
+def row_text(row: Row) -> str:
+    """Return a row's label: references in italics, what is in quarantine struck through."""
+    if row.quarantined():
+        return f"~~{row.label}~~"
+    return f"*{row.label}*" if row.role == "reference" else row.label
+
+
 def rank_text(standing: Standing) -> str:
     if standing.rank is None:
-        return "ref"
+        return "ref" if standing.row.role == "reference" else DASH
     best, worst = standing.rank
     return str(best) if best == worst else f"{best}–{worst}"
 

@@ -21,6 +21,8 @@ LEGEND, LINE = 590, 19
 """Where the legend begins, and the height of its lines."""
 METHOD, BASELINE, REFERENCE, INK, GRID = "#0b62a4", "#b35900", "#555555", "#222222", "#e3e3e3"
 
+DASHED = f'fill="none" stroke="{BASELINE}" stroke-width="1.5" stroke-dasharray="5 4"'
+
 
 @dataclass(frozen=True, slots=True)
 class Scale:
@@ -100,10 +102,7 @@ def _axes(x: Scale, y: Scale) -> Iterable[str]:
 def _control_line(points: Sequence[tuple[float, float, int]], x: Scale, y: Scale) -> Iterable[str]:
     if len(points) > 1:
         path = " ".join(f"{x(clean):.1f},{y(worst):.1f}" for clean, worst, _ in points)
-        yield (
-            f'<polyline points="{path}" fill="none" stroke="{BASELINE}" stroke-width="1.5" '
-            'stroke-dasharray="5 4"/>'
-        )
+        yield f'<polyline points="{path}" {DASHED}/>'
     for clean, worst, ipc in points:
         yield f'<circle cx="{x(clean):.1f}" cy="{y(worst):.1f}" r="3" fill="{BASELINE}"/>'
         yield _text(x(clean) + 5, y(worst) + 14, str(ipc), size=10, colour=BASELINE)
@@ -134,7 +133,7 @@ def _legend(standings: Sequence[Standing], *, drawn: bool) -> Iterable[str]:
         yield _text(WIDTH - 20, place, figures, anchor="end")
     if drawn:
         place = TOP + 14 + (len(standings) + 1) * LINE
-        yield _line(LEGEND, place - 4, LEGEND + 22, place - 4, BASELINE)
+        yield f'<path d="M{LEGEND} {place - 4}h22" {DASHED}/>'
         yield _text(LEGEND + 30, place, "random real images,", colour=BASELINE, size=11)
         yield _text(LEGEND + 30, place + 14, "with how many a class", colour=BASELINE, size=11)
 

@@ -12,6 +12,7 @@ import click
 from rdd_bench import __version__
 from rdd_bench.cli_compare import compare as compare_command
 from rdd_bench.cli_judge import COMMANDS
+from rdd_bench.cli_quarantine import quarantine
 from rdd_bench.errors import RddBenchError, UnknownNameError
 from rdd_bench.terminal import NAMES, NUMBERS, print_table, registry_for_users
 
@@ -247,7 +248,7 @@ def check(distribution: str) -> None:
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write the Markdown there instead of printing it.",
+    help="Write the Markdown there instead of printing it, and its charts beside it.",
 )
 @click.option(
     "--check",
@@ -280,34 +281,34 @@ def leaderboard(
     rdd-bench leaderboard leaderboard/results --output leaderboard/README.md --check
     """
     from rdd_bench.leaderboard import publish as published
-    from rdd_bench.leaderboard import render
+    from rdd_bench.leaderboard import render, render_files
     from rdd_bench.store import Store, read_records
 
     records, problems = read_records(runs)
     for problem in problems:
         click.echo(f"ignored: {problem}", err=True)
-    text = render(records, compatibility or ())
-    if compare:
-        if output is None:
+    if output is None:
+        if compare:
             raise RddBenchError("--check needs --output FILE, the file to compare with")
-        current = output.read_text(encoding="utf-8") if output.exists() else ""
-        if current != text:
-            click.echo(f"{output} is not what its records say; render it again without --check")
-            sys.exit(FAILED)
-        click.echo(f"{output} is what its records say")
-    elif output is None:
-        click.echo(text)
+        click.echo(render(records, compatibility or ()))
     else:
-        Store(output.parent).write_file(Path(output.name), text.encode())
-        click.echo(f"wrote {output}")
+        files = render_files(records, output.name, compatibility or ())
+        for name, text in files.items():
+            path = output.parent / name
+            if not compare:
+                Store(output.parent).write_file(Path(name), text.encode())
+            elif not path.exists() or path.read_text(encoding="utf-8") != text:
+                click.echo(f"{path} is not what its records say; render it again without --check")
+                sys.exit(FAILED)
+        click.echo(f"{output} is what its records say" if compare else f"wrote {output}")
     if publish is not None:
-        files = published(records)
-        for name, lines in files.items():
+        lines_of = published(records)
+        for name, lines in lines_of.items():
             Store(publish).write_file(Path(name), lines.encode())
-        click.echo(f"wrote {len(files)} files of records to {publish}")
+        click.echo(f"wrote {len(lines_of)} files of records to {publish}")
 
 
-for command in (*COMMANDS, compare_command):
+for command in (*COMMANDS, compare_command, quarantine):
     cli.add_command(command)
 
 

@@ -14,6 +14,7 @@ from rdd_bench.records import (
     Component,
     DistillRecord,
     EnvironmentRecord,
+    QuarantineRecord,
     StepRecord,
     TrainRecord,
 )
@@ -31,6 +32,8 @@ class Cell:
     distill: DistillRecord
     train: TrainRecord
     attacks: list[AttackRecord] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    """Why somebody says that the set, the networks or an attack must not be trusted."""
 
 
 @dataclass
@@ -63,6 +66,10 @@ def join(records: Sequence[AnyRecord]) -> Results:
     attacks = _newest(on_these, built_on)
     for record in attacks.values():
         cells[record.train].attacks.append(record)
+    quarantines = [r for r in records if isinstance(r, QuarantineRecord)]
+    for cell in cells.values():
+        made_of = {r.address for r in (cell.distill, cell.train, *cell.attacks)}
+        cell.quarantined = [q.reason for q in quarantines if q.target in made_of]
     return Results(
         cells=list(cells.values()),
         distills=list(distills.values()),

@@ -40,6 +40,11 @@ class Row:
     def all_cells(self) -> list[Cell]:
         return [cell for cells in self.cells.values() for cell in cells]
 
+    def quarantined(self) -> list[str]:
+        """Return why this row must not be trusted; nothing where nobody says so."""
+        reasons = (reason for cell in self.all_cells() for reason in cell.quarantined)
+        return list(dict.fromkeys(reasons))
+
     def has(self, architectures: Sequence[str], attacks: Sequence[str], threat: Threat) -> bool:
         """Whether every architecture, in the same seeds, was attacked with every attack."""
         return (

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rdd_bench.display import Display
-from rdd_bench.leaderboard import render, summary_rows
+from rdd_bench.leaderboard import render_files, summary_rows
 from rdd_bench.plan import Plan
 from rdd_bench.registry import Registry
 from rdd_bench.results import join
@@ -22,7 +22,8 @@ def run_and_report(plan: Plan, settings: Settings, registry: Registry) -> int:
     with Display(console(stderr=True), len(plan.steps)) as display:
         summary = run_plan(plan, settings, registry, display)
     out = settings.out
-    Store(out).write_file(Path("leaderboard.md"), render(summary.records).encode())
+    for path, text in render_files(summary.records, "leaderboard.md").items():
+        Store(out).write_file(Path(path), text.encode())
     _show_tables(summary)
     for status, records in (("failed", summary.failed), ("skipped", summary.skipped)):
         # Steps that fail for one reason, such as missing data, say it once.

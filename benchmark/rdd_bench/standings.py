@@ -30,7 +30,7 @@ class Standing:
     """Worst case minus that of real images of the same clean accuracy; None where there are none,
     for references and for the control itself."""
     rank: tuple[int, int] | None
-    """None for references and for rows that lack a result."""
+    """None for references and for rows that are in quarantine."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +94,28 @@ class Table:
         return [cell for row in self.all_rows() for cell in row.all_cells()]
 
     def standings(self, threat: Threat) -> list[Standing]:
-        """Return the rows that have every result, best worst case first, references after them."""
+        """Return the rows that have every result, best worst case first.
+
+        Those in quarantine come after them, and then the references.
+        """
         attacks = self.ranking_attacks(threat)
         if not attacks:
             return []
         complete = [r for r in self.all_rows() if r.has(self.architectures, attacks, threat)]
-        control = next((r for r in complete if is_control(r)), None)
+        control = next((r for r in complete if is_control(r) and not r.quarantined()), None)
         sets = self.control_sets(threat)
         standings = [self._standing(row, attacks, threat, control, sets) for row in complete]
-        ranked = [s for s in standings if s.row.role != "reference"]
-        ranked.sort(key=lambda s: (-s.worst.mean, s.row.label))
+        references = [s for s in standings if s.row.role == "reference"]
+        others = [s for s in standings if s.row.role != "reference"]
+        others.sort(key=lambda s: (-s.worst.mean, s.row.label))
+        ranked = [s for s in others if not s.row.quarantined()]
+        struck = [s for s in others if s.row.quarantined()]
         intervals = rank_intervals([s.worst for s in ranked])
         ranked = [
             replace(standing, rank=interval)
             for standing, interval in zip(ranked, intervals, strict=True)
         ]
-        return [*ranked, *(s for s in standings if s.row.role == "reference")]
+        return [*ranked, *struck, *references]
 
     def incomplete(self, threat: Threat) -> list[Row]:
         """Return the rows that lack a result which the ranking needs."""
@@ -129,7 +135,7 @@ class Table:
                 worst=row.mean_robust(names, attacks, threat),
             )
             for row in self.controls
-            if row.has(names, attacks, threat)
+            if row.has(names, attacks, threat) and not row.quarantined()
         ]
 
     def _standing(

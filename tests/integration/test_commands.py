@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+from xml.etree import ElementTree
 
 import pytest
 
 import rdd_bench
 from rdd_bench.protocol import names
+from rdd_bench.records import DistillRecord
+from rdd_bench.store import read_records
 
 # Answering without torch ----------------------------------------------------------------------
 
@@ -174,8 +178,45 @@ def table(tiny, out) -> str:
     return text
 
 
+def printed(table: str) -> str:
+    """Return a table as it is printed: without the charts, which are files beside it."""
+    return re.sub(r"!\[.*\]\(charts/.*\)\n\n", "", table) + "\n"
+
+
 def test_leaderboard_prints_the_table_of_a_run(cli, table, out):
-    assert cli("leaderboard", out).out == table + "\n"
+    assert cli("leaderboard", out).out == printed(table) != table + "\n"
+
+
+def test_a_table_shows_its_charts(cli, table, out):
+    shown = re.findall(r"\((charts/.*\.svg)\)", table)
+    assert shown
+    for path in shown:
+        picture = ElementTree.parse(out / path).getroot()
+        assert {"random", "kcenter"} <= {text.text for text in picture.iter() if text.text}
+    (out / shown[0]).write_text("another picture")
+    answer = cli("leaderboard", out, "--output", out / "leaderboard.md", "--check")
+    assert answer.code == 1
+    assert f"{out / shown[0]} is not what its records say" in answer.out
+
+
+def test_a_result_in_quarantine_is_struck_through(cli, tiny, out, tmp_path):
+    tiny("--distillers", "random,kcenter")
+    cli("leaderboard", out, "--publish", tmp_path / "results")
+    distill = next(
+        record for record in read_records([out])[0]
+        if isinstance(record, DistillRecord) and record.distiller.label == "kcenter"
+    )  # fmt: skip
+    for folder in (out, tmp_path / "results"):
+        answer = cli("quarantine", folder, distill.address[:12], "--reason", "chosen by hand")
+        assert answer.out == f"quarantined distill {distill.address}: chosen by hand\n"
+        text = cli("leaderboard", folder).out
+        assert "| ~~kcenter~~ " in text
+        assert "## Quarantined\n\n- **kcenter** (IPC 1, natural, convnet): chosen by hand" in text
+    # A run that resumes keeps it.
+    assert "~~kcenter~~" not in tiny("--distillers", "random,kcenter").out
+    assert "~~kcenter~~" in (out / "leaderboard.md").read_text()
+    assert "no result" in cli("quarantine", out, "zzz", "--reason", "why").mistake
+    assert "in one sentence" in cli("quarantine", out, distill.address, "--reason", " ").mistake
 
 
 def test_leaderboard_writes_the_table(cli, table, out, tmp_path):
@@ -216,10 +257,10 @@ def test_published_records_give_the_same_table(cli, table, out, tmp_path):
         "kcenter.jsonl",
         "random.jsonl",
     }
-    assert cli("leaderboard", published).out == table + "\n"
+    assert cli("leaderboard", published).out == printed(table)
     # Nor does it matter in which order they are named, or that a run is named beside them.
     files = sorted(published.iterdir(), reverse=True)
-    assert cli("leaderboard", *files, out).out == table + "\n"
+    assert cli("leaderboard", *files, out).out == printed(table)
 
 
 def test_records_are_published_without_what_is_in_the_tensors(cli, table, out, tmp_path):

@@ -35,8 +35,8 @@ steps leaderboard display recall lint checkpoint
 executors
 runner
 terminal testing
-session cli_compare
-cli_judge cli_quarantine
+session cli_compare cli_quarantine
+cli_judge
 cli
 """
 ORDER = [line.split() for line in LAYERS.strip().splitlines()]

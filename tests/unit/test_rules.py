@@ -25,6 +25,7 @@ from rdd_bench.leaderboard import render
 from rdd_bench.networks import Classifier, Normalise, Whiten
 from rdd_bench.plan import AttackStep, Selection, make_plan
 from rdd_bench.protocol import load_protocol, names
+from rdd_bench.records import QuarantineRecord
 from rdd_bench.registry import load_plugins
 from rdd_bench.results import join
 from rdd_bench.standings import make_tables
@@ -369,6 +370,19 @@ def test_rule_22_whole_data_with_its_own_recipe_and_seeds_is_in_every_protocol(r
         assert {"whole", "whole-at"} <= set(protocol.references), name
         for reference in protocol.references:
             assert registry.find("distiller", reference).cls.role == "reference"
+
+
+def test_rule_23_unlike_rules_never_share_a_table_and_wrong_results_are_struck_through(book):
+    book.cell("dm", ["1111"], ["1100"])
+    wrong = book.cell("dc", ["1111"], ["1110"])
+    book.cell("dm", ["1111"], ["1111"], protocol="toy-v2", protocol_sha256="b" * 64)
+    tables = make_tables(join(book.records))
+    assert [(t.protocol, len(t.rows)) for t in tables] == [("toy-v1", 2), ("toy-v2", 1)]
+    book.records.append(
+        QuarantineRecord(address="q", target=wrong.address, reason="a bug", created="2026")
+    )
+    assert "~~dc~~" in render(book.records)
+    assert "a bug" in render(book.records)
 
 
 def test_rule_24_an_unknown_name_is_an_error_with_a_suggestion(registry):

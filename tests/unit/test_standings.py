@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rdd_bench.metrics import estimate
-from rdd_bench.records import AnyRecord, Flag
+from rdd_bench.records import AnyRecord, Flag, QuarantineRecord
 from rdd_bench.results import join
 from rdd_bench.standings import Standing, Table, make_tables, row_flags
 
@@ -64,6 +64,31 @@ def test_rows_whose_intervals_overlap_share_ranks(book):
         book.cell(label, [first("400", 400)], [first(right, 400)])
     standings = only(book.records).standings(LINF)
     assert [s.rank for s in standings] == [(1, 1), (2, 3), (2, 3)]
+
+
+def test_a_row_in_quarantine_is_shown_and_not_ranked(book):
+    for label, right in (("best", "35"), ("wrong", "39"), ("control", "10")):
+        book.cell(label, [first("40")], [first(right)], control=label == "control")
+    wrong = next(r for r in book.records if r.kind == "train" and r.distill == "distill-003")
+    book.records.append(
+        QuarantineRecord(address="q", target=wrong.address, reason="a bug", created="2026")
+    )
+    standings = only(book.records).standings(LINF)
+    assert names(standings) == ["best", "control", "wrong"]
+    assert [s.rank for s in standings] == [(1, 1), (2, 2), None]
+    assert standings[-1].row.quarantined() == ["a bug"]
+
+
+def test_nothing_is_compared_with_a_control_in_quarantine(book):
+    book.cell("dm", [first("40")], [first("20")])
+    attack = book.cell("random", [first("40")], [first("10")], control=True)
+    assert only(book.records).standings(LINF)[0].gain is not None
+    book.records.append(
+        QuarantineRecord(address="q", target=attack.address, reason="a bug", created="2026")
+    )
+    table = only(book.records)
+    assert table.standings(LINF)[0].gain is None
+    assert table.control_sets(LINF) == []
 
 
 def test_the_worst_case_is_over_attacks_image_by_image(book):
