@@ -2,16 +2,23 @@
 
 Most published evaluations that turned out wrong would have been caught by one of these: an
 attack that fails to change anything changes nothing about the accuracy either, a budget in
-pixels is measured in pixels, the stronger attack does not lose to the weaker one.
+pixels is measured in pixels, twice the search finds no more, a budget without bounds leaves
+nothing. What attacks say of each other is in ``consistency``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import torch
+import torch.nn.functional as F  # noqa: N812 - the name everybody uses
+from scipy import stats
 from torch import Tensor, nn
 
 from rdd_bench.data import tensors_hash
 from rdd_bench.networks import predict
+from rdd_bench.pictures import in_eight_bits
 from rdd_bench.records import Flag
 from rdd_bench.threats import TOLERANCE, distance
 from rdd_bench.types import Threat
@@ -23,6 +30,23 @@ NON_DETERMINISTIC = "non-deterministic"
 STATE_CHANGED = "state-changed"
 TRAIN_MODE = "train-mode"
 INPUT_RANGE = "input-range"
+MORE_STEPS = "more-steps"
+LARGE_BUDGET = "large-budget"
+SATURATED_GRADIENT = "saturated-gradient"
+ZERO_GRADIENT = "zero-gradient"
+EIGHT_BIT = "eight-bit"
+OUT_OF_RANGE = "out-of-range"
+CLASS_BALANCE = "class-balance"
+TEST_SELECTION = "test-selection"
+
+MORE_STEPS_TOLERANCE = 0.02
+"""Of all test images; random starts alone break some that another start left."""
+CHANCE = 0.999
+"""Quantile of what chance may leave under a budget that allows everything."""
+VANISHED = 0.05
+"""Fraction of right images without a gradient above which an attack on it means little."""
+MOVED_PIXELS = 0.01
+"""Fraction of pixels outside [0, 1], or of images that 8 bits change, that is remarked on."""
 
 
 def state_hash(model: nn.Module) -> str:
@@ -110,3 +134,159 @@ def check_null_attack(
         "images: it clamps or rescales what it is given"
     )
     return [Flag(name=NULL_ATTACK, message=message, value=changed / len(images))]
+
+
+# What the attack does with more ----------------------------------------------------------------
+
+
+def check_more_steps(
+    attack: str, effort: str, newly_broken: int, tried: int, survivors: int, total: int
+) -> list[Flag]:
+    """Twice the search breaks hardly more.
+
+    Args:
+        attack: How messages call it.
+        effort: The option that was doubled.
+        newly_broken: How many images the longer search breaks,
+        tried: of how many that the attack had left,
+        survivors: of how many that it left in all,
+        total: of how many test images.
+    """
+    gain = newly_broken / tried * survivors / total
+    if gain <= MORE_STEPS_TOLERANCE:
+        return []
+    message = (
+        f"{attack} with twice the {effort} breaks {newly_broken} of {tried} images that it had "
+        f"left, {100 * gain:.1f} points of all: it has not converged"
+    )
+    return [Flag(name=MORE_STEPS, message=message, value=gain)]
+
+
+def check_large_budget(attack: str, labels: Tensor, left: int) -> list[Flag]:
+    """Where every image may become the same grey, hardly more than one class stays right.
+
+    The network gives the grey image one class, so a perfect attack leaves at most the images of
+    the largest class; the quantile is for one that gets there by chance.
+
+    Args:
+        attack: How messages call it.
+        labels: True classes of the attacked images, (m,).
+        left: How many of them stayed right.
+    """
+    rate = torch.bincount(labels).max().item() / len(labels)
+    most = int(stats.binom.ppf(CHANCE, len(labels), rate))
+    if left <= most:
+        return []
+    message = (
+        f"{attack} leaves {left} of {len(labels)} images right under a budget that turns all of "
+        f"them into the same grey; chance leaves at most {most}: its gradients lead nowhere"
+    )
+    return [Flag(name=LARGE_BUDGET, message=message, value=left / len(labels))]
+
+
+# Networks and sets -----------------------------------------------------------------------------
+
+
+def check_gradients(
+    model: nn.Module, images: Tensor, labels: Tensor, batch_size: int
+) -> list[Flag]:
+    """Images that a network gets right have gradients for an attack to follow.
+
+    On an over-confident network the cross-entropy's gradient is exactly zero in float32, while
+    that of the margin, the largest other logit minus the true one, is not.
+    """
+    if not len(images):
+        return []
+    batches = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
+    lost = [torch.cat(parts) for parts in zip(*(_lost(model, *b) for b in batches), strict=True)]
+    both = (lost[0] & lost[1]).float().mean().item()
+    saturated = (lost[0] & ~lost[1]).float().mean().item()
+    flags = []
+    if saturated > VANISHED:
+        message = (
+            f"the cross-entropy has no gradient at {100 * saturated:.0f} % of the right images, "
+            "where the margin has one: attacks on the cross-entropy are too weak here"
+        )
+        flags.append(Flag(name=SATURATED_GRADIENT, message=message, value=saturated))
+    if both > VANISHED:
+        message = (
+            f"neither the cross-entropy nor the margin has a gradient at {100 * both:.0f} % of "
+            "the right images: no attack that follows gradients says anything here"
+        )
+        flags.append(Flag(name=ZERO_GRADIENT, message=message, value=both))
+    return flags
+
+
+@torch.enable_grad()
+def _lost(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return at which images the cross-entropy, and the margin, have no gradient, (n,) each."""
+    leaf = images.detach().clone().requires_grad_()
+    logits = model(leaf)
+    true = F.one_hot(labels, logits.shape[1]).bool()
+    margin = logits.masked_fill(true, -torch.inf).amax(dim=1) - logits[true]
+    losses = F.cross_entropy(logits, labels, reduction="sum"), margin.sum()
+    first, second = (_vanishes(loss, leaf) for loss in losses)
+    return first, second
+
+
+def _vanishes(loss: Tensor, leaf: Tensor) -> Tensor:
+    if not loss.requires_grad:  # nothing in the network lets a gradient through
+        return torch.ones(len(leaf), dtype=torch.bool, device=leaf.device)
+    (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    return (gradient == 0).flatten(1).all(dim=1)
+
+
+def check_eight_bit(model: nn.Module, images: Tensor, batch_size: int) -> list[Flag]:
+    """A network sees in the stored images of its set what it sees in pictures of them."""
+    stored = predict(model, images, batch_size)
+    changed = (stored != predict(model, in_eight_bits(images), batch_size)).float().mean().item()
+    if changed <= MOVED_PIXELS:
+        return []
+    message = (
+        f"clipped and rounded to 8 bits, {100 * changed:.1f} % of the distilled images change "
+        "their class: pictures of the set are not the set"
+    )
+    return [Flag(name=EIGHT_BIT, message=message, value=changed)]
+
+
+def check_out_of_range(fraction: float) -> list[Flag]:
+    """Hardly any of a set's pixels lie outside [0, 1]."""
+    if fraction <= MOVED_PIXELS:
+        return []
+    message = (
+        f"{100 * fraction:.1f} % of the pixels lie outside [0, 1]: an attacker cannot reach them, "
+        "and pictures cannot hold them"
+    )
+    return [Flag(name=OUT_OF_RANGE, message=message, value=fraction)]
+
+
+def check_class_balance(labels: Tensor, num_classes: int) -> list[Flag]:
+    """Every class has as many images as the others; of soft labels the most probable counts."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    low, high = int(counts.min()), int(counts.max())
+    if low == high:
+        return []
+    message = (
+        f"classes have from {low} to {high} images (class {int(counts.argmin())} the fewest); "
+        "a table is about one number of images per class"
+    )
+    return [Flag(name=CLASS_BALANCE, message=message, value=high - low)]
+
+
+def check_selection(notes: Mapping[str, Any]) -> list[Flag]:
+    """A set was not chosen by what is right on the test images.
+
+    The note ``selected_on`` of a set names the split by which its makers chose it among others.
+    """
+    if notes.get("selected_on") != "test":
+        return []
+    message = "its makers chose it by accuracy on the test images, which are to judge it"
+    return [Flag(name=TEST_SELECTION, message=message)]
+
+
+def first_of_each(flags: Sequence[Flag]) -> list[Flag]:
+    """Return the first flag of each name: the seeds of a cell mostly raise the same ones."""
+    found: dict[str, Flag] = {}
+    for flag in flags:
+        found.setdefault(flag.name, flag)
+    return list(found.values())

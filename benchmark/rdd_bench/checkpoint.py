@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rdd_bench import robustness
 from rdd_bench.components import Architecture, Attack, Run
+from rdd_bench.consistency import Evidence, contradictions
 from rdd_bench.errors import NotApplicable, RddBenchError
 from rdd_bench.foreign import read_pickle
 from rdd_bench.metrics import binomial_interval
@@ -162,7 +163,12 @@ def judge(
     """Return the clean verdict and that of every attack under every threat that it knows."""
     model.to(device)
     test = LabelledImages(test.images.to(device), test.labels.to(device))
-    verdicts = [Verdict("clean", None, robustness.clean_outcomes(model, test, batch_size))]
+    outcome = robustness.clean_outcomes(model, test, batch_size)
+    # Where the network's own set is not known, there is no set to look at.
+    flags = robustness.audit_networks([model], test, [outcome], None, batch_size)
+    clean = Verdict("clean", None, outcome, flags)
+    verdicts = [clean]
+    memos: dict[str, dict[str, Any]] = {label: {} for label, _ in attacks}
     with tempfile.TemporaryDirectory(prefix="rdd-bench-") as scratch:
         run = Run(
             device=device,
@@ -172,23 +178,56 @@ def judge(
             batch_size=batch_size,
         )
         for threat in threats:
-            for label, attack in attacks:
-                nothing = torch.zeros(0, dtype=torch.bool)
-                if threat.norm not in attack.norms:
-                    known = ", ".join(sorted(attack.norms))
-                    verdicts.append(Verdict(label, threat, nothing, error=f"works in {known}"))
-                    continue
-                try:
-                    judged = robustness.attack_models(
-                        [model], test, attack, threat, [0], run, f"attack '{label}'"
-                    )
-                except NotApplicable as reason:
-                    verdicts.append(Verdict(label, threat, nothing, error=str(reason)))
-                    continue
-                verdicts.append(
-                    Verdict(label, threat, judged.robust[0], judged.flags, judged.messages)
-                )
+            found = {
+                label: _verdict(model, test, label, attack, threat, run, memos[label])
+                for label, attack in attacks
+            }
+            _compare(found, dict(attacks), clean)
+            verdicts += found.values()
     return verdicts
+
+
+def _verdict(
+    model: Classifier,
+    test: LabelledImages,
+    label: str,
+    attack: Attack[Any],
+    threat: Threat,
+    run: Run,
+    memo: dict[str, Any],
+) -> Verdict:
+    nothing = torch.zeros(0, dtype=torch.bool)
+    if threat.norm not in attack.norms:
+        known = ", ".join(sorted(attack.norms))
+        return Verdict(label, threat, nothing, error=f"works in {known}")
+    who = f"attack '{label}'"
+    try:
+        judged = robustness.attack_models(
+            [model], test, attack, threat, [0], run, who, [memo], probe_strength=True
+        )
+    except NotApplicable as reason:
+        return Verdict(label, threat, nothing, error=str(reason))
+    return Verdict(label, threat, judged.robust[0], judged.flags, judged.messages)
+
+
+def _compare(
+    verdicts: Mapping[str, Verdict], attacks: Mapping[str, Attack[Any]], clean: Verdict
+) -> None:
+    """Add to the verdicts of one threat, by label of the attack, what they say of each other."""
+    evidence = {
+        label: Evidence(
+            label=label,
+            name=attacks[label].name,
+            access=attacks[label].access,
+            stronger_than=attacks[label].stronger_than,
+            outcomes=[verdict.correct.cpu().numpy()],
+        )
+        for label, verdict in verdicts.items()
+        if not verdict.error
+    }
+    same = list(evidence.values())
+    for label, mine in evidence.items():
+        verdicts[label].flags += contradictions(mine, same, [clean.correct.cpu().numpy()])
 
 
 def worst_cases(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -57,8 +57,9 @@ def evaluate(path: Path, **given: Any) -> None:
     r"""Judge a distilled set that another program made, beside random real images.
 
     Reads result files of DC, DSA and DM (res_*.pt), pairs as MTT's images_best.pt and
-    labels_best.pt, lists and dictionaries of images and labels, folders with one folder of
-    pictures a class, and this suite's .safetensors. Nothing in a file is executed.
+    labels_best.pt, lists and dictionaries of images and labels, folders with exactly one of
+    these or with one folder of pictures a class, and this suite's .safetensors. Nothing in a
+    file is executed.
 
     \b
     rdd-bench evaluate res_DM_CIFAR10_ConvNet_10ipc.pt --protocol cifar10-v1
@@ -177,8 +178,8 @@ def attack(checkpoint: Path, **given: Any) -> None:
     from rdd_bench.checkpoint import judge, load_network, percent, worst_cases
     from rdd_bench.data import load_splits
     from rdd_bench.display import Display
+    from rdd_bench.numerics import numerical_settings
     from rdd_bench.runner import resolve_device
-    from rdd_bench.steps import numerical_settings
 
     device = torch.device(resolve_device(given["device"]))
     who = registry.find("dataset", given["dataset"]).who
@@ -217,21 +218,60 @@ def attack(checkpoint: Path, **given: Any) -> None:
 
 @click.command()
 @click.argument("path", metavar="FILE", type=FILE)
-def lint(path: Path) -> None:
-    r"""Look at a distilled set without training on it.
+@click.option("--accuracy", is_flag=True, help="Also train on it: as stored, clipped, in 8 bits.")
+@click.option(
+    "--protocol", metavar="NAME|FILE.toml", help="Whose rules train and test.  [default: digits-v1]"
+)
+@click.option("--dataset", help="What it was distilled from.  [default: the protocol's first]")
+@click.option("--seeds", type=NUMBERS, help="Training seeds, such as 0-2.  [default: protocol's]")
+@DEVICE
+@DATA_ROOT
+def lint(path: Path, accuracy: bool, **given: Any) -> None:
+    r"""Look at a distilled set, without training on it unless asked to.
 
     Says its format, size, class balance, pixel range, what clipping and 8-bit pictures would
     change, its recipe and its hash. Exits 1 if something is to be minded.
 
     \b
     rdd-bench lint runs/digits-v1/sets/ADDRESS.safetensors
+    rdd-bench lint res_DM_CIFAR10_ConvNet_10ipc.pt --accuracy --protocol cifar10-v1 --seeds 0-2
     """
     from rdd_bench.lint import lint as facts_of
 
+    idle = [name for name in ("protocol", "dataset", "seeds") if given[name] is not None]
+    if idle and not accuracy:
+        raise RddBenchError(f"--{idle[0]} says how to train on the set; give --accuracy with it")
     facts = facts_of(path)
+    if accuracy:
+        facts += _accuracies(path, **given)
     print_table(str(path), ["Fact", "Found", "Mind"], facts)
     if any(mind for _, _, mind in facts):
         sys.exit(DIFFERENT)
+
+
+def _accuracies(path: Path, **given: Any) -> list[tuple[str, str, str]]:
+    import torch
+
+    from rdd_bench.components import Source
+    from rdd_bench.display import Display
+    from rdd_bench.numerics import numerical_settings
+    from rdd_bench.protocol import DEFAULT, load_protocol
+    from rdd_bench.runner import resolve_device
+    from rdd_bench.trials import accuracies
+
+    registry = registry_for_users()
+    with Display(console(stderr=True), 1) as display, numerical_settings(threads=1):
+        return accuracies(
+            path,
+            _importer(registry),
+            load_protocol(given["protocol"] or DEFAULT),
+            registry,
+            Source(given["data_root"]),
+            datasets=[given["dataset"]] if given["dataset"] else None,
+            seeds=given["seeds"],
+            device=torch.device(resolve_device(given["device"])),
+            report=display.report,
+        )
 
 
 @click.command()

@@ -9,7 +9,9 @@ Formats of distilled sets, told apart by their content:
 * a folder with one folder of images a class;
 * ``res_*.pt`` of DC, DSA and DM: ``{"data": [[images, labels], ...]}``, an entry a repetition;
 * ``images_best.pt`` of MTT with ``labels_best.pt`` beside it, or any such pair;
-* a list or a dictionary with images and labels, as in pools of such files.
+* a list or a dictionary with images and labels;
+* a folder with exactly one such file, or one pair, as in the pools of BEARD, which keep the files
+  of several methods in a folder each.
 
 Programs that store several small images in one (IDM, BACON) need their decoder: ``unfold``.
 """
@@ -53,6 +55,8 @@ class ForeignSet:
     """Whether programs of this format store normalised images and not pixels of [0, 1]."""
     remarks: tuple[str, ...] = ()
     """What a reader should know, such as a choice by test data."""
+    selected_on: str = ""
+    """The split by whose accuracy its makers chose the set, such as 'test', if the file says."""
     class_names: tuple[str, ...] = ()
     """What labels 0, 1, ... are called in the file, if it says so."""
     complete: DistilledSet | None = None
@@ -70,7 +74,7 @@ def read_set(path: Path, repetition: int = 0) -> ForeignSet:
         RddBenchError: If it is none, truncated, too large, or would need code to be run.
     """
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, repetition)
     if path.suffix == ".safetensors":
         from rdd_bench.artifacts import set_from_bytes
 
@@ -78,15 +82,17 @@ def read_set(path: Path, repetition: int = 0) -> ForeignSet:
         return ForeignSet(made.images, made.labels, "rdd-bench", normalised=False, complete=made)
     content = read_pickle(path)
     remarks: tuple[str, ...] = ()
+    selected_on = ""
     if isinstance(content, torch.Tensor):
         images, labels = content, _labels_beside(path)
         kind = "images and labels in two files, as MTT stores them"
         if "best" in path.stem:
+            selected_on = "test"
             remarks = ("chosen by accuracy on the test images by the program that made it",)
     else:
         images, labels, kind = _pair_in(content, repetition, path)
     images, labels = _checked(images, labels, path)
-    return ForeignSet(images, labels, kind, _looks_normalised(images), remarks)
+    return ForeignSet(images, labels, kind, _looks_normalised(images), remarks, selected_on)
 
 
 def read_pickle(path: Path) -> Any:
@@ -238,12 +244,12 @@ def _looks_normalised(images: Tensor) -> bool:
     return bool(images.min() < -1e-3 or images.max() > 1 + 1e-3)
 
 
-def _from_folder(path: Path) -> ForeignSet:
+def _from_folder(path: Path, repetition: int) -> ForeignSet:
     import numpy as np
     from PIL import Image, UnidentifiedImageError
 
     if (path / "images_best.pt").exists():
-        return read_set(path / "images_best.pt")
+        return read_set(path / "images_best.pt", repetition)
     classes = sorted((child for child in path.iterdir() if child.is_dir()), key=_in_order)
     images, labels = [], []
     for label, folder in enumerate(classes):
@@ -257,9 +263,7 @@ def _from_folder(path: Path) -> ForeignSet:
             images.append(torch.from_numpy(array).reshape(*array.shape[:2], -1))
             labels.append(label)
     if not images:
-        raise RddBenchError(
-            f"{path} holds no pictures; expected one folder a class with .png files in it"
-        )
+        return read_set(_only_file_in(path), repetition)
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise RddBenchError(f"{path} holds pictures of {len(shapes)} sizes; expected one")
@@ -270,6 +274,22 @@ def _from_folder(path: Path) -> ForeignSet:
         "pictures in one folder a class",
         normalised=False,
         class_names=tuple(folder.name for folder in classes),
+    )
+
+
+def _only_file_in(path: Path) -> Path:
+    """Return the one file of torch.save in a folder; labels belong to the images beside them."""
+    names = {file.name for file in path.glob("*.pt") if file.is_file()}
+    sets = sorted(names - {name.replace("images", "labels") for name in names if "images" in name})
+    if len(sets) == 1:
+        return path / sets[0]
+    if sets:
+        more = f" and {len(sets) - 8} more" if len(sets) > 8 else ""
+        raise RddBenchError(
+            f"{path} holds {len(sets)} sets: {', '.join(sets[:8])}{more}; name one of them"
+        )
+    raise RddBenchError(
+        f"{path} holds no pictures; expected one folder a class with .png files in it"
     )
 
 

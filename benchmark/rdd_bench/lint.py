@@ -8,6 +8,7 @@ import torch
 
 from rdd_bench.artifacts import set_hash
 from rdd_bench.foreign import ForeignSet, read_set
+from rdd_bench.pictures import in_eight_bits
 from rdd_bench.types import DistilledSet
 
 Fact = tuple[str, str, str]
@@ -66,8 +67,7 @@ def _pixels(found: ForeignSet, made: DistilledSet) -> list[Fact]:
     outside = ((images < 0) | (images > 1)).float().mean().item()
     clipped = images.clamp(0, 1)
     cut = (images - clipped).abs()
-    rounded = (clipped * 255).round() / 255
-    moved = (images - rounded).abs()
+    moved = (images - in_eight_bits(images)).abs()
     remark = "an attacker cannot reach such pixels, and a picture file cannot hold them"
     return [
         ("pixel range", f"[{low:.3g}, {high:.3g}]", ""),

@@ -12,15 +12,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rdd_bench.outcomes import Outcomes
-from rdd_bench.records import AttackRecord, Flag
 
 Scores = NDArray[np.floating]
 """(seeds, images): how right each image is, usually 0 or 1, or an average over networks."""
 
 CONFIDENCE = 0.95
-WEAKER_THAN = "weaker-than"
-STRENGTH_TOLERANCE = 0.01
-"""Another seed of AutoAttack moves up to 0.8 % of the images, so a point is no bug."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,27 +135,6 @@ def rank_intervals(estimates: Sequence[Estimate]) -> list[tuple[int, int]]:
         behind = sum(other.high < mine.low for other in estimates)
         ranks.append((1 + ahead, len(estimates) - behind))
     return ranks
-
-
-def check_strength(strong: AttackRecord, others: Sequence[AttackRecord]) -> list[Flag]:
-    """An attack is not beaten by one that it should never lose to, beyond the noise of draws.
-
-    Args:
-        strong: The record to check.
-        others: Records of other attacks on the same networks under the same threat.
-    """
-    flags = []
-    for weak in others:
-        if weak.attack.name.split("/")[-1] not in strong.stronger_than:
-            continue
-        gap = float(stack(strong.bitmaps()).mean() - stack(weak.bitmaps()).mean())
-        if gap > STRENGTH_TOLERANCE + 1e-9:
-            message = (
-                f"{strong.attack.label} leaves {100 * gap:.1f} points more than "
-                f"{weak.attack.label}, which it should never lose to: a bug or masked gradients"
-            )
-            flags.append(Flag(name=WEAKER_THAN, message=message, value=gap))
-    return flags
 
 
 def binomial_interval(successes: int, trials: int) -> tuple[float, float]:

@@ -61,6 +61,11 @@ def picture_of_attack(examples: Examples, eps: float) -> bytes:
     return _png([list(row) for row in rows], [f"{true}>{said}" for true, said in pairs])
 
 
+def in_eight_bits(images: Tensor) -> Tensor:
+    """Return images as a picture file holds them: clipped to [0, 1] and in steps of 1/255."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
 def _png(rows: Sequence[Sequence[Tensor]], captions: Sequence[str] = ()) -> bytes:
     """Return a PNG of images (c, h, w) in [0, 1], row by row; rows may differ in length."""
     height, width = next(image.shape[1:] for row in rows for image in row)
@@ -86,5 +91,5 @@ def _bytes(image: Tensor) -> Tensor:
     """Return (h, w, 3) bytes; of two channels, or more than three, the mean."""
     if image.shape[0] != 3:
         image = image.mean(dim=0, keepdim=True).expand(3, -1, -1)
-    scaled = (image.detach().float().cpu().clamp(0, 1) * 255).round()
-    return scaled.to(torch.uint8).permute(1, 2, 0).contiguous()
+    levels = (in_eight_bits(image.detach().float().cpu()) * 255).round()
+    return levels.to(torch.uint8).permute(1, 2, 0).contiguous()

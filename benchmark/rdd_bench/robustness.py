@@ -19,19 +19,21 @@ from torch import Tensor, nn
 from rdd_bench import audit
 from rdd_bench.checks import check_candidates
 from rdd_bench.components import Attack, Run
-from rdd_bench.hashing import derive
 from rdd_bench.measure import PassCounter
 from rdd_bench.networks import predict
 from rdd_bench.pictures import PER_CLASS, Examples
+from rdd_bench.probes import Probe, draws_of
 from rdd_bench.records import Flag
 from rdd_bench.seeding import seeded
 from rdd_bench.threats import project
 from rdd_bench.types import LabelledImages, Threat
 
-NULL_IMAGES = 32
-"""Images of the null-attack control."""
 PERTURB = "attack"
-"""The phase of a run that is the attack itself, without the controls around it."""
+"""The phase of a run that is the attack itself."""
+GRADIENT_IMAGES = 256
+"""Right test images whose gradients are looked at."""
+AUDIT = "audit"
+"""The phase of the probes around it."""
 
 
 @dataclass
@@ -54,6 +56,31 @@ def clean_outcomes(model: nn.Module, test: LabelledImages, batch_size: int) -> T
     return predict(model, test.images, batch_size) == test.labels
 
 
+def audit_networks(
+    models: Sequence[nn.Module],
+    test: LabelledImages,
+    clean: Sequence[Tensor],
+    learnt: Tensor | None,
+    batch_size: int,
+) -> list[Flag]:
+    """Check trained networks before anything attacks them; return the first flag of each name.
+
+    Args:
+        models: Pixels to logits, in eval mode with frozen parameters.
+        test: The test split, on the device of the models.
+        clean: Which test images each network gets right.
+        learnt: The images that they were trained on, as stored; None if these are not known.
+        batch_size: Images at once.
+    """
+    flags: list[Flag] = []
+    for model, outcome in zip(models, clean, strict=True):
+        few = test.subset(outcome.nonzero().flatten()[:GRADIENT_IMAGES])
+        flags += audit.check_gradients(model, few.images, few.labels, batch_size)
+        if learnt is not None:
+            flags += audit.check_eight_bit(model, learnt.to(test.images.device), batch_size)
+    return audit.first_of_each(flags)
+
+
 def attack_models(
     models: Sequence[nn.Module],
     test: LabelledImages,
@@ -63,6 +90,8 @@ def attack_models(
     run: Run,
     who: str,
     memos: Sequence[dict[str, Any]] | None = None,
+    *,
+    probe_strength: bool = False,
 ) -> Judgement:
     """Attack each network on the test images that it gets right.
 
@@ -75,6 +104,8 @@ def attack_models(
         run: Where to run.
         who: The plugin's name in messages.
         memos: Of each model, what the attack left behind under the budgets before this one.
+        probe_strength: Whether to try on the first network if a longer search breaks more and if
+            a large budget breaks everything.
     """
     judgement = Judgement()
     memos = memos or [{} for _ in models]
@@ -83,27 +114,37 @@ def attack_models(
         before = audit.state_hash(model)
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         clean = clean_outcomes(model, test, run.batch_size)
-        images, labels = test.images[clean], test.labels[clean]
+        right = test.subset(clean)
         robust = clean.clone()
-        if len(images):
-            _note(judgement, audit.check_input_range(images))
-            _note(judgement, audit.check_deterministic(model, images[: run.batch_size]))
-            _note(judgement, _null_control(model, images, labels, attack, threat, run, who))
-            _note(judgement, audit.check_state(model, before))
+        if len(right):
+            flags = audit.check_input_range(right.images)
+            flags += audit.check_deterministic(model, right.images[: run.batch_size])
+            probe = Probe(model, attack, threat, seed, run, who)
+            with run.phase(AUDIT):
+                flags += probe.null_attack(right)
+            flags += audit.check_state(model, before)
             _restore(model, state)
             counting = judgement.passes.counting(model)
-            with counting, seeded(_seed(attack, threat, seed)), run.phase(PERTURB):
-                candidates = attack.perturb(model, images.clone(), labels.clone(), threat, run)
-            _note(judgement, audit.check_state(model, before))
+            with counting, seeded(draws_of(attack, threat, seed)), run.phase(PERTURB):
+                candidates = attack.perturb(
+                    model, right.images.clone(), right.labels.clone(), threat, run
+                )
+            flags += audit.check_state(model, before)
             _restore(model, state)
-            candidates = check_candidates(candidates, images, who)
-            _note(judgement, audit.check_budget(candidates, images, threat))
-            candidates = project(candidates, images, threat)
+            candidates = check_candidates(candidates, right.images, who)
+            flags += audit.check_budget(candidates, right.images, threat)
+            candidates = project(candidates, right.images, threat)
             if attack.distances is not None:
                 judgement.median_distance.append(_median(attack.distances))
             said = predict(model, candidates, run.batch_size)
-            robust[clean] = said == labels
-            judgement.examples = judgement.examples or _examples(images, candidates, labels, said)
+            robust[clean] = said == right.labels
+            judgement.examples = judgement.examples or _examples(right, candidates, said)
+            if probe_strength and model is models[0]:
+                with run.phase(AUDIT):
+                    flags += probe.more_steps(test.subset(robust), len(test))
+                    flags += probe.large_budget(right)
+                _restore(model, state)
+            judgement.flags = audit.first_of_each([*judgement.flags, *flags])
         judgement.robust.append(robust)
         for message in attack.messages:
             if message not in judgement.messages:
@@ -116,8 +157,9 @@ def _median(distances: Tensor) -> float | None:
     return median if math.isfinite(median) else None
 
 
-def _examples(images: Tensor, candidates: Tensor, labels: Tensor, said: Tensor) -> Examples:
+def _examples(right: LabelledImages, candidates: Tensor, said: Tensor) -> Examples:
     """Return the first image of every class."""
+    images, labels = right.images, right.labels
     first = [int((labels == label).nonzero()[0]) for label in torch.unique(labels).tolist()]
     few = first[:PER_CLASS]
     return Examples(images[few], candidates[few], labels[few], said[few])
@@ -127,40 +169,3 @@ def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Undo whatever an attack did to a network, so that the verdict is about the one trained."""
     model.load_state_dict(state)
     model.eval().requires_grad_(requires_grad=False)
-
-
-def _null_control(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    attack: Attack[Any],
-    threat: Threat,
-    run: Run,
-    who: str,
-) -> list[Flag]:
-    """Run the attack with a budget of zero on a few images.
-
-    It runs with the plugin's smoke options: the control is about the pixels it hands over, not
-    about its strength, and AutoAttack is slowest where nothing breaks.
-    """
-    control = type(attack).configured({**attack.config.model_dump(), **attack.smoke})
-    assert isinstance(control, Attack)
-    quiet = dataclasses.replace(run, report=lambda *_: None, memo={})
-    few, their = images[:NULL_IMAGES], labels[:NULL_IMAGES]
-    nothing = Threat(threat.norm, 0.0)
-    with seeded(_seed(attack, nothing, 0)):
-        candidates = control.perturb(model, few.clone(), their.clone(), nothing, quiet)
-    model.eval()
-    candidates = check_candidates(candidates, few, who)
-    flags = audit.check_null_attack(model, few, their, candidates, run.batch_size)
-    return flags + audit.check_budget(candidates, few, nothing)
-
-
-def _seed(attack: Attack[Any], threat: Threat, seed: int) -> int:
-    return derive("attack", attack.name, threat.norm, threat.eps, seed)
-
-
-def _note(judgement: Judgement, flags: Sequence[Flag]) -> None:
-    """Keep the first flag of each name: the seeds of a cell mostly raise the same ones."""
-    known = {flag.name for flag in judgement.flags}
-    judgement.flags.extend(flag for flag in flags if flag.name not in known)

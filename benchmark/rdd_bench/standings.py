@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from rdd_bench.consistency import contradictions, evidence_of
 from rdd_bench.matched import ControlSet, matched_worst
-from rdd_bench.metrics import Estimate, accuracy, check_strength, estimate, rank_intervals
+from rdd_bench.metrics import Estimate, accuracy, estimate, rank_intervals
 from rdd_bench.records import AttackRecord, Flag
 from rdd_bench.results import Cell, Results
 from rdd_bench.rows import Row, Threat, is_control, make_rows
@@ -236,12 +237,21 @@ def _controls(cells: Sequence[Cell]) -> list[Row]:
 
 
 def row_flags(row: Row) -> list[tuple[Cell, AttackRecord | None, Flag]]:
-    """Return every flag of a row's cells, with those that need two records to see."""
+    """Return every flag of a row: of its sets, its networks, its attacks and pairs of attacks.
+
+    A set is in the cells of several architectures; its flags come with the first of them.
+    """
     found: list[tuple[Cell, AttackRecord | None, Flag]] = []
+    sets: set[str] = set()
     for cell in row.all_cells():
+        if cell.distill.address not in sets:
+            found += [(cell, None, flag) for flag in cell.distill.flags]
+        sets.add(cell.distill.address)
         found += [(cell, None, flag) for flag in cell.train.flags]
-        for record in cell.attacks:
-            same = [a for a in cell.attacks if (a.norm, a.eps) == (record.norm, record.eps)]
-            flags = [*record.flags, *check_strength(record, same)]
+        evidence = [(record, evidence_of(record)) for record in cell.attacks]
+        for record, mine in evidence:
+            threat = (record.norm, record.eps)
+            same = [other for a, other in evidence if (a.norm, a.eps) == threat]
+            flags = [*record.flags, *contradictions(mine, same, cell.train.bitmaps())]
             found += [(cell, record, flag) for flag in flags]
     return found

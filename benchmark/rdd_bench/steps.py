@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from rdd_bench import artifacts, pictures, robustness
 from rdd_bench.checks import check_distilled_set, check_network
@@ -29,13 +25,14 @@ from rdd_bench.components import (
     Run,
     Source,
 )
+from rdd_bench.counted import counted
 from rdd_bench.data import content_hash, load_splits
 from rdd_bench.environment import describe_environment
 from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
 from rdd_bench.hashing import derive, digest
 from rdd_bench.measure import Meter, PassCounter
 from rdd_bench.networks import Classifier
-from rdd_bench.outcomes import pack
+from rdd_bench.numerics import numerical_settings, warm_up
 from rdd_bench.plan import AttackStep, Choice, DistillStep, Step, TrainStep
 from rdd_bench.records import (
     AttackRecord,
@@ -46,6 +43,15 @@ from rdd_bench.records import (
 )
 from rdd_bench.registry import Registry, load_plugins
 from rdd_bench.seeding import seeded
+from rdd_bench.step_records import (
+    attack_facts,
+    distill_facts,
+    failure,
+    head,
+    outcome_facts,
+    set_facts,
+    train_facts,
+)
 from rdd_bench.store import (
     ARTEFACTS,
     Store,
@@ -83,38 +89,6 @@ class Result:
     files: dict[Path, bytes] = field(default_factory=dict)
 
 
-@contextmanager
-def numerical_settings(threads: int) -> Iterator[None]:
-    """Set what numbers depend on, the same in every process, and restore it afterwards.
-
-    Verdicts are made in full float32 precision: TF32 would change some of them.
-    """
-    before = (
-        torch.get_num_threads(),
-        torch.backends.cuda.matmul.allow_tf32,
-        torch.backends.cudnn.allow_tf32,
-    )
-    _set_numerics(threads, matmul_tf32=False, cudnn_tf32=False)
-    try:
-        yield
-    finally:
-        _set_numerics(before[0], matmul_tf32=before[1], cudnn_tf32=before[2])
-
-
-def _set_numerics(threads: int, *, matmul_tf32: bool, cudnn_tf32: bool) -> None:
-    torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = matmul_tf32
-    torch.backends.cudnn.allow_tf32 = cudnn_tf32
-
-
-def _warm_up(device: torch.device) -> None:
-    """Take one optimiser step: the first one of a process imports seconds of torch."""
-    weight = torch.zeros(1, device=device, requires_grad=True)
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    weight.sum().backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-
-
 class Worker:
     """Carries out steps in one process, and remembers plugins and data between them."""
 
@@ -125,7 +99,7 @@ class Worker:
         self.store = Store(place.out)
         self.environment = environment_record(self.device, place.threads)
         self._memos: tuple[tuple[str, str], list[dict[str, Any]]] = (("", ""), [])
-        _warm_up(self.device)
+        warm_up(self.device)
         self._splits = lru_cache(maxsize=2)(self._load_splits)
 
     def carry_out(self, step: Step, report: Report) -> Result:
@@ -141,7 +115,7 @@ class Worker:
                     return self._train(step, report)
                 return self._attack(step, Path(scratch), report)
         except NotApplicable as reason:
-            return Result(self._failure(step, "skipped", str(reason)))
+            return Result(failure(step, self._head(step), "skipped", str(reason)))
         except (Exception, SystemExit) as error:  # noqa: BLE001 - a plugin may raise anything
             sentence = str(error)
             if not isinstance(error, RddBenchError):
@@ -154,7 +128,7 @@ class Worker:
                     sentence = f"{sentence}. The last good set is kept in {path}"
                 except Exception as lost:  # noqa: BLE001 - whatever a plugin called a set
                     sentence = f"{sentence}. The last good set could not be kept ({lost})"
-            record = self._failure(step, "failed", " ".join(sentence.split()))
+            record = failure(step, self._head(step), "failed", " ".join(sentence.split()))
             return Result(record, files)
 
     # Each kind of step -----------------------------------------------------------------------
@@ -164,7 +138,7 @@ class Worker:
         distiller = self._component(step.distiller, Distiller)
         who = self._who(step)
         passes = PassCounter()
-        architecture = _counted(self._component(step.architecture, Architecture), passes)
+        architecture = counted(self._component(step.architecture, Architecture), passes)
         task = DistillTask(
             spec=splits.spec,
             train=splits.train,
@@ -192,25 +166,14 @@ class Worker:
         if reference and distilled.recipe is None:
             raise RddBenchError(f"{who}: a reference without a recipe; expected its own")
         distilled = artifacts.on_cpu(distilled)
-        images = distilled.images
-        outside = ((images < 0) | (images > 1)).float().mean().item()
         record = DistillRecord(
             **self._head(step),
-            **_distill_facts(step),
-            train_sha256=splits.spec.train_sha256,
-            num_classes=splits.spec.num_classes,
-            set_sha256=artifacts.set_hash(distilled),
-            images=len(distilled),
-            bytes=distilled.num_bytes,
-            labels=_kind_of_labels(distilled),
-            pixel_range=(images.min().item(), images.max().item()),
-            out_of_range=outside,
-            own_recipe=distilled.recipe is not None,
+            **distill_facts(step),
+            **set_facts(distilled, splits.spec, step.role),
             seconds=meter.seconds,
             peak_bytes=meter.peak_bytes,
             forward=passes.forward,
             backward=passes.backward,
-            notes=dict(distilled.notes),
         )
         card = record.model_dump(mode="json", by_alias=True)
         picture = pictures.picture_of_set(distilled, splits.spec.num_classes)
@@ -244,16 +207,21 @@ class Worker:
                 raise RddBenchError(f"{step}: {error}") from None
         test = self._on_device(splits.test)
         outcomes = [robustness.clean_outcomes(m, test, step.batch_size) for m in trained.models]
+        # Views are other pictures than the stored images, made from them as they are.
+        learnt = None if "views" in (recipe.uses or ()) else distilled.images
         record = TrainRecord(
             **self._head(step),
-            **_train_facts(step),
+            **train_facts(step),
             recipe=recipe,
             final_loss=trained.final_loss,
             forward=trained.passes.forward,
             backward=trained.passes.backward,
-            **_outcome_facts(outcomes, splits),
+            **outcome_facts(outcomes, splits),
             seconds={"train": meter.seconds["total"]},
             peak_bytes=meter.peak_bytes,
+            flags=robustness.audit_networks(
+                trained.models, test, outcomes, learnt, step.batch_size
+            ),
         )
         networks = artifacts.networks_to_bytes(trained.models)
         return Result(record, {networks_path(step.address): networks})
@@ -288,11 +256,12 @@ class Worker:
                 run,
                 self._who(step),
                 memos=self._memos[1],
+                probe_strength=step.ranked,
             )
         record = AttackRecord(
             **self._head(step),
-            **_attack_facts(step),
-            **_outcome_facts(judged.robust, splits),
+            **attack_facts(step),
+            **outcome_facts(judged.robust, splits),
             seconds={"attack": 0.0, **meter.seconds},
             peak_bytes=meter.peak_bytes,
             forward=judged.passes.forward,
@@ -403,9 +372,6 @@ class Worker:
     def _head(self, step: Step) -> dict[str, Any]:
         return _head(step, self.place, self.environment)
 
-    def _failure(self, step: Step, status: str, error: str) -> StepRecord:
-        return _failure(step, self._head(step), status, error)
-
 
 def lost(step: Step, place: Place) -> Result:
     """Return the result of a step whose process died."""
@@ -414,26 +380,11 @@ def lost(step: Step, place: Place) -> Result:
         "run the same command again to retry, with fewer --workers if it dies again"
     )
     environment = environment_record(torch.device(place.device), place.threads)
-    return Result(_failure(step, _head(step, place, environment), "failed", error))
+    return Result(failure(step, _head(step, place, environment), "failed", error))
 
 
 def _head(step: Step, place: Place, environment: EnvironmentRecord) -> dict[str, Any]:
-    return {
-        "address": step.address,
-        "protocol": place.protocol_name,
-        "protocol_sha256": place.protocol_sha256,
-        "environment": environment.address,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _failure(step: Step, head: dict[str, Any], status: str, error: str) -> StepRecord:
-    head = {**head, "status": status, "error": error}
-    if isinstance(step, DistillStep):
-        return DistillRecord(**head, **_distill_facts(step))
-    if isinstance(step, TrainStep):
-        return TrainRecord(**head, **_train_facts(step))
-    return AttackRecord(**head, **_attack_facts(step))
+    return head(step, (place.protocol_name, place.protocol_sha256), environment.address)
 
 
 def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
@@ -443,68 +394,5 @@ def environment_record(device: torch.device, threads: int) -> EnvironmentRecord:
     return EnvironmentRecord(address=f"environment-{digest(facts)[:16]}", facts=facts)
 
 
-def _counted(architecture: Architecture[Any], passes: PassCounter) -> Architecture[Any]:
-    """Return the architecture with every network that it builds counting its passes."""
-    cls = type(architecture)
-
-    def build(self: Architecture[Any], spec: DatasetSpec) -> nn.Module:
-        network = cls.build(self, spec)
-        passes.attach(network)
-        return network
-
-    # A subclass, because a method may build the architecture with other options.
-    counted = copy.copy(architecture)
-    counted.__class__ = type(cls.__name__, (cls,), {"build": build, "__module__": cls.__module__})
-    return counted
-
-
 def _frozen(choice: Choice) -> tuple[str, str]:
     return json.dumps(choice.component.options, sort_keys=True), choice.component.label
-
-
-def _kind_of_labels(distilled: DistilledSet) -> Literal["hard", "soft", "views"]:
-    if distilled.views is not None:
-        return "views"
-    return "hard" if distilled.labels.ndim == 1 else "soft"
-
-
-def _distill_facts(step: DistillStep) -> dict[str, Any]:
-    return {
-        "dataset": step.dataset.component.label,
-        "ipc": step.ipc,
-        "role": step.role,
-        "control": step.control,
-        "distiller": step.distiller.component,
-        "architecture": step.architecture.component,
-        "seed": step.seed,
-    }
-
-
-def _train_facts(step: TrainStep) -> dict[str, Any]:
-    return {
-        "distill": step.distill.address,
-        "architecture": step.architecture.component,
-        "track": step.track,
-        "seeds": list(step.seeds),
-    }
-
-
-def _attack_facts(step: AttackStep) -> dict[str, Any]:
-    return {
-        **_train_facts(step.train),
-        "train": step.train.address,
-        "attack": step.attack.component,
-        "norm": step.threat.norm,
-        "eps": step.threat.eps,
-        "ranked": step.ranked,
-        "standard": step.standard,
-    }
-
-
-def _outcome_facts(outcomes: list[torch.Tensor], splits: Splits) -> dict[str, Any]:
-    return {
-        "test_sha256": splits.spec.test_sha256,
-        "n": len(splits.test),
-        "correct": [int(outcome.sum()) for outcome in outcomes],
-        "outcomes": [pack(outcome.cpu().numpy()) for outcome in outcomes],
-    }

@@ -154,6 +154,96 @@ def test_options_that_would_do_nothing_are_refused(cli, tiny, out, protocol, tmp
     assert "says itself what it is; leave out lr" in answer.err
 
 
+def test_a_choice_by_test_images_and_pixels_out_of_range_are_flagged_on_the_row(
+    cli, protocol, out, tmp_path, records_of, splits
+):
+    images = torch.cat([splits.train.of_class(label)[:2] for label in range(10)])
+    pool = tmp_path / "pool"
+    pool.mkdir()
+    torch.save(3 * images, pool / "images_best.pt")
+    torch.save(torch.arange(10).repeat_interleave(2), pool / "labels_best.pt")
+    answer = cli(
+        "evaluate", pool, "--protocol", protocol, "--out", out, "--attacks", "fgsm",
+        "--space", "pixels", "--device", "cpu", "--workers", 1,
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    flags = {r.distiller.name: [f.name for f in r.flags] for r in records_of(out, "distill")}
+    assert flags == {
+        "rdd-bench/file": ["out-of-range", "test-selection"],
+        "rdd-bench/random": [],
+    }
+    board = (out / "leaderboard.md").read_text()
+    assert "its makers chose it by accuracy on the test images" in board
+
+
+# What a run audits ----------------------------------------------------------------------------
+
+LAZY = """
+from rdd_bench.api import *
+
+class Options(Config):
+    steps: int = 1
+    \"""How long.\"""
+
+class Lazy(Attack[Options]):
+    \"""Searches only when asked to search for longer.\"""
+
+    name = "lazy"
+    info = Info(title="Lazy", licence="MIT")
+    norms = frozenset({"linf"})
+    effort = "steps"
+
+    def perturb(self, model, images, labels, threat, run):
+        if self.config.steps < 2:
+            return images
+        noise = torch.rand_like(images).round() * 2 - 1
+        return (images + threat.eps * noise).clamp(0, 1)
+
+@hookimpl
+def rdd_bench_attacks():
+    return [Lazy]
+"""
+
+
+def test_only_ranked_threats_are_probed(cli, install, protocol, out, records_of):
+    install("lazy", "import torch" + LAZY)
+    text = protocol.read_text().replace('eps = ["16/255"]', 'eps = ["16/255", "240/255"]')
+    # Long enough for the network to know more than one class.
+    text = text.replace("epochs = 3", "epochs = 200").replace("width = 4", "width = 16")
+    protocol.write_text(text.replace('ranked = "16/255"', 'ranked = "240/255"'))
+    answer = cli(
+        "run", "--protocol", protocol, "--out", out, "--device", "cpu", "--workers", 1,
+        "--attacks", "lazy",
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    flags = {r.ranked: {f.name for f in r.flags} for r in records_of(out, "attack")}
+    assert flags == {False: set(), True: {"more-steps", "large-budget"}}
+    assert "with twice the steps breaks" in (out / "leaderboard.md").read_text()
+
+
+def test_a_network_without_gradients_is_flagged_where_it_was_trained(
+    cli, plant, tiny, records_of, out
+):
+    plant(
+        "architecture",
+        """
+class Certain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = good_network(spec)
+    def forward(self, images):
+        logits = self.inner(images)
+        return logits if self.training else 1e6 * logits
+return Certain()
+""",
+    )
+    answer = tiny("--architectures", "planted", "--attacks", "fgsm")
+    assert answer.code == 0, answer
+    (record,) = records_of(out, "train")
+    assert [flag.name for flag in record.flags] == ["saturated-gradient"]
+    assert "saturated-gradient" in (out / "leaderboard.md").read_text()
+
+
 # attack ---------------------------------------------------------------------------------------
 
 
@@ -218,6 +308,78 @@ def test_the_normalisation_it_was_trained_with_counts(cli, trained, tmp_path, sp
     assert "--mean has 2 numbers; digits has 1 channels" in answer.mistake
 
 
+def test_a_network_from_elsewhere_is_audited_as_those_of_a_run(cli, install, trained, tmp_path):
+    install("lazy", "import torch" + LAZY)
+    certain = {k: 1e6 * v if k.startswith("classifier") else v for k, v in trained.items()}
+    torch.save(certain, tmp_path / "net.pt")
+    target = tmp_path / "verdict.json"
+    answer = cli(
+        "attack", tmp_path / "net.pt", "--architecture", "convnet", "--dataset", "digits",
+        "--attacks", "lazy,fgsm", "--eps", "200/255,240/255", "--limit", 100,
+        "--set", "convnet.depth=1", "--set", "convnet.width=4", "--device", "cpu",
+        "--output", target,
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    verdicts = json.loads(target.read_text())["verdicts"]
+    flags = {(v["attack"], v["eps"]): {f["name"] for f in v["flags"]} for v in verdicts}
+    assert flags["clean", None] == {"saturated-gradient"}
+    # Every budget is probed.
+    for eps in (200 / 255, 240 / 255):
+        assert flags["lazy", eps] == {"more-steps"}
+    assert "has no gradient at 100 % of the right images" in answer.out
+    assert "with twice the steps breaks" in answer.out
+
+
+SECRETIVE = """
+class Probe(Attack[NoOptions]):
+    \"""Breaks what its access lets it, and keeps count over its budgets.\"""
+
+    info = Info(title="Probe", licence="MIT")
+    norms = frozenset({"linf"})
+
+    def perturb(self, model, images, labels, threat, run):
+        if not threat.eps:
+            return images
+        self.messages = [f"call {len(run.memo) + 1} of {self.name}"]
+        run.memo[threat.eps] = True
+        return images if self.access == "white" else (1 - images - threat.eps).clamp(0, 1)
+
+class Open(Probe):
+    \"""Sees gradients.\"""
+    name = "open"
+
+class Closed(Probe):
+    \"""Sees none.\"""
+    name, access = "closed", "black"
+
+@hookimpl
+def rdd_bench_attacks():
+    return [Open, Closed]
+"""
+
+
+def test_attacks_on_a_network_from_elsewhere_are_compared_and_have_a_memory_each(
+    cli, install, trained, tmp_path
+):
+    install("secretive", "from rdd_bench.api import *" + SECRETIVE)
+    torch.save(trained, tmp_path / "net.pt")
+    target = tmp_path / "verdict.json"
+    answer = cli(
+        "attack", tmp_path / "net.pt", "--architecture", "convnet", "--dataset", "digits",
+        "--attacks", "open,closed", "--eps", "0.6,0.9", "--limit", 100,
+        "--set", "convnet.depth=1", "--set", "convnet.width=4", "--device", "cpu",
+        "--output", target,
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    verdicts = json.loads(target.read_text())["verdicts"][1:]
+    assert [v["messages"] for v in verdicts] == [
+        ["call 1 of open"], ["call 1 of closed"], ["call 2 of open"], ["call 2 of closed"],
+    ]  # fmt: skip
+    for verdict in verdicts:
+        names = {flag["name"] for flag in verdict["flags"]}
+        assert ("black-box" in names) is (verdict["attack"] == "closed")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -270,6 +432,19 @@ def test_lint_minds_what_is_to_be_minded(cli, tmp_path):
     assert "unbalanced: class 1 has 1" in answer.out
     torch.save([images * 4 - 2, torch.tensor([0, 0, 1, 1])], tmp_path / "b.pt")
     assert "probably normalised" in cli("lint", tmp_path / "b.pt").out
+
+
+def test_lint_trains_on_a_set_when_asked_to(cli, foreign, protocol):
+    answer = cli(
+        "lint", foreign, "--accuracy", "--protocol", protocol, "--dataset", "digits",
+        "--seeds", "0-1", "--device", "cpu",
+    )  # fmt: skip
+    assert answer.code in (0, 1), answer
+    for text in ("accuracy as stored", "accuracy clipped to [0, 1]", "accuracy as 8-bit pictures"):
+        assert text in answer.out
+    assert "accuracy" not in cli("lint", foreign).out
+    answer = cli("lint", foreign, "--seeds", "0")
+    assert "--seeds says how to train on the set; give --accuracy with it" in answer.mistake
 
 
 # explain and verify ---------------------------------------------------------------------------

@@ -20,19 +20,19 @@ PLUGINS = Path(rdd_bench_builtin.__file__).parent
 LAYERS = """
 errors hashing seeding outcomes lazy measure environment
 types
-components threats augment records protocol checks networks views pictures
-hookspecs data
+components threats augment records protocol checks networks views pictures metrics numerics
+hookspecs data counted
 artifacts
 foreign
 api registry overrides results
-training metrics audit store
-plan robustness rows
-matched
+training consistency audit store
+plan probes rows
+matched robustness
 standings
 board_text comparison compatibility chart
-board_rows
+board_rows step_records
 steps leaderboard display recall lint checkpoint
-executors
+executors trials
 runner
 terminal testing
 session cli_compare cli_quarantine

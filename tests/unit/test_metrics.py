@@ -16,7 +16,6 @@ from rdd_bench.metrics import (
     Estimate,
     accuracy,
     binomial_interval,
-    check_strength,
     estimate,
     rank_intervals,
     stack,
@@ -269,36 +268,3 @@ def test_rows_that_all_overlap_share_every_rank(count):
 
 def test_touching_intervals_overlap():
     assert rank_intervals([Estimate(3, 0, 2, 4), Estimate(1, 0, 0, 2)]) == [(1, 2), (1, 2)]
-
-
-# Strength -------------------------------------------------------------------------------------
-
-
-def strength(book, strong: str, weak: str, stronger_than=("pgd",), label="pgd"):
-    train = book.train(book.distill("dm"), ["1" * len(strong)])
-    best = book.attack(train, [strong], "autoattack", stronger_than=list(stronger_than))
-    return check_strength(best, [best, book.attack(train, [weak], label)])
-
-
-def test_a_strong_attack_that_loses_is_flagged_in_words(book):
-    (flag,) = strength(book, "1" * 60 + "0" * 40, "1" * 50 + "0" * 50)
-    assert flag.name == "weaker-than"
-    assert flag.value == pytest.approx(0.1)
-    assert "autoattack leaves 10.0 points more than pgd" in flag.message
-
-
-@pytest.mark.parametrize(
-    "outcomes",
-    [
-        ("1" * 50 + "0" * 50, "1" * 60 + "0" * 40),  # as it should be
-        ("1" * 51 + "0" * 49, "1" * 50 + "0" * 50),  # within the noise of draws
-        ("0" * 50 + "1" * 50, "1" * 50 + "0" * 50),  # as strong, on other images
-    ],
-)
-def test_a_strong_attack_that_does_not_lose_is_not_flagged(book, outcomes):
-    assert strength(book, *outcomes) == []
-
-
-def test_only_attacks_that_it_names_are_compared(book):
-    assert strength(book, "1111", "0000", stronger_than=()) == []
-    assert strength(book, "1111", "0000", label="other") == []

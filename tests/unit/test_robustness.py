@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from rdd_bench import audit
 from rdd_bench.components import Attack, Run
-from rdd_bench.errors import ContractError
+from rdd_bench.errors import ContractError, RddBenchError
 from rdd_bench.networks import Classifier, Normalise
 from rdd_bench.robustness import Judgement, attack_models, clean_outcomes
 from rdd_bench.threats import ascend, distance, project, random_start
-from rdd_bench.types import DatasetSpec, Info, LabelledImages, Norm, Threat
+from rdd_bench.types import Config, DatasetSpec, Info, LabelledImages, Norm, Threat
 
 SPEC = DatasetSpec(
     name="toy", shape=(1, 4, 4), class_names=("dark", "light"), mean=(0.4,), std=(0.25,)
@@ -393,3 +394,118 @@ def test_passes_are_counted_in_images_for_the_attack_alone():
 def test_a_pass_without_a_gradient_is_only_forward():
     passes = judge(lambda model, images, *_: (model(images), images)[1]).passes
     assert (passes.forward, passes.backward) == (40, 0)
+
+
+# Probes of its strength -----------------------------------------------------------------------
+
+
+class SearchOptions(Config):
+    """Options of the attack below."""
+
+    steps: int = 3
+    """Steps."""
+
+
+class Searching(Planted):
+    """An attack that says how long it searches, and writes down what it is asked."""
+
+    config_class = SearchOptions
+    effort = "steps"
+    asked: list[tuple[int, float, Tensor, dict[str, Any]]]
+
+    def perturb(
+        self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run
+    ) -> Tensor:
+        steps = getattr(self.config, "steps", 0)
+        type(self).asked.append((steps, threat.eps, labels, run.memo))
+        run.memo["seen"] = len(images)
+        made: Tensor = type(self).behaviour(model, images, labels, threat)
+        return made
+
+
+def probed(probe: bool = True, networks: int = 2, **attributes: Any) -> tuple[Judgement, Any]:
+    """Return the judgement of an attack, and the calls after the null controls."""
+    attack: Any = type("Here", (Searching,), {"asked": [], **attributes})
+    phases: list[str] = []
+
+    @contextmanager
+    def phase(name: str) -> Any:
+        phases.append(name)
+        yield
+
+    models, seeds = [victim(batch_norm=True) for _ in range(networks)], range(networks)
+    judged = attack_models(
+        models,
+        toy_images(),
+        attack(),
+        LINF,
+        list(seeds),
+        replace(RUN, phase=phase),
+        "attack 'here'",
+        probe_strength=probe,
+    )
+    assert phases.count("attack") == networks
+    return judged, [call for call in attack.asked if call[1]]
+
+
+def test_the_first_network_is_attacked_twice_as_long_and_with_a_large_budget():
+    _, calls = probed()
+    assert [(steps, eps) for steps, eps, *_ in calls] == [(3, 0.1), (6, 0.1), (3, 0.5), (3, 0.1)]
+    assert len(calls[1][2]) == int(judge().robust[0].sum())  # what the attack had left
+    assert len(calls[2][2]) == 40  # all that are right
+    assert len(probed(probe=False)[1]) == 2
+
+
+@pytest.mark.parametrize(
+    ("attributes", "probes"),
+    [({"effort": None}, []), ({"access": "black"}, [(6, 0.1)]), ({"access": "none"}, [(6, 0.1)])],
+)
+def test_what_an_attack_says_of_itself_decides_how_it_is_probed(attributes, probes):
+    _, calls = probed(networks=1, **attributes)
+    assert [(steps, eps) for steps, eps, *_ in calls[1:]] == probes
+
+
+def test_probes_change_neither_the_verdict_nor_the_passes_nor_the_memory():
+    def at_random(model: nn.Module, images: Tensor, _labels: Tensor, threat: Threat) -> Tensor:
+        model(images)
+        model.train()  # a probe may leave the network in any state
+        model(images)
+        return random_start(images, threat)
+
+    with_probes, calls = probed(behaviour=staticmethod(at_random))
+    without, _ = probed(probe=False, behaviour=staticmethod(at_random))
+    for one, other in zip(with_probes.robust, without.robust, strict=True):
+        assert torch.equal(one, other)
+    assert with_probes.passes == without.passes
+    (first, longer, larger, second) = [memo for *_, memo in calls]
+    assert (first, second) == ({"seen": 40}, {"seen": 40})
+    assert first is not longer is not larger is not second
+
+
+def test_probes_take_images_of_all_classes_where_they_are_sorted():
+    test = toy_images(600)
+    order = test.labels.argsort(stable=True)
+    attack: Any = type("Here", (Searching,), {"asked": []})
+    attack_models(
+        [victim()], test.subset(order), attack(), LINF, [0], RUN, "attack", probe_strength=True
+    )
+    for _, eps, labels, _ in attack.asked[2:]:
+        assert len(labels) == 64
+        assert min(labels.bincount().tolist()) > 20, eps
+
+
+@pytest.mark.parametrize("effort", ["restarts", "config_class"])
+def test_an_effort_that_is_no_option_is_one_sentence(effort):
+    with pytest.raises(RddBenchError, match=f"attack 'here': effort names '{effort}'") as caught:
+        probed(effort=effort)
+    assert "expected an option that is a whole number" in str(caught.value)
+
+
+def test_an_attack_that_breaks_everything_is_not_run_for_longer():
+    dark = LabelledImages(torch.full((4, 1, 4, 4), 0.35), torch.zeros(4, dtype=torch.long))
+    attack: Any = type("Here", (Searching,), {"asked": []})
+    judged = attack_models(
+        [victim()], dark, attack(), LINF, [0], RUN, "attack", probe_strength=True
+    )
+    assert not judged.robust[0].any()
+    assert [steps for steps, eps, *_ in attack.asked if eps == 0.1] == [3]

@@ -23,13 +23,13 @@ from rdd_bench.components import Architecture, Attack, NoOptions, Run
 from rdd_bench.errors import ContractError, RddBenchError, UnknownNameError
 from rdd_bench.leaderboard import render
 from rdd_bench.networks import Classifier, Normalise, Whiten
+from rdd_bench.numerics import numerical_settings
 from rdd_bench.plan import AttackStep, Selection, make_plan
 from rdd_bench.protocol import load_protocol, names
 from rdd_bench.records import QuarantineRecord
 from rdd_bench.registry import load_plugins
 from rdd_bench.results import join
 from rdd_bench.standings import make_tables
-from rdd_bench.steps import numerical_settings
 from rdd_bench.training import fit
 from rdd_bench.types import (
     DatasetSpec,

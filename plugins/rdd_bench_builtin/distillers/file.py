@@ -40,7 +40,7 @@ class FileConfig(Config):
     """How a file is to be read."""
 
     path: str = ""
-    """The file, or the folder with one folder of pictures a class."""
+    """The file, or the folder with one of them, or with one folder of pictures a class."""
     sha256: str = ""
     """Hash of the content; filled in, so that a changed file is another set."""
     repetition: int = Field(default=0, ge=0)
@@ -126,6 +126,7 @@ class File(Distiller[FileConfig]):
                 "stored_as": space,
                 "stored_images": len(found.images),
                 "remarks": list(found.remarks),
+                **({"selected_on": found.selected_on} if found.selected_on else {}),
             },
         )
         if space != "whitened":
