@@ -269,8 +269,8 @@ class Attack(Component[ConfigT]):
     """What it needs of the network: 'white' its gradients, 'black' at most its answers, 'none'
     nothing, such as noise. Less access never gives a stronger attack, or gradients are masked."""
     effort: ClassVar[str | None] = None
-    """The option that says how long it searches, such as 'steps': the audit doubles it on a few
-    images and sees whether that would have helped. None for an attack of one step."""
+    """The option that says how long it searches, a whole number such as 'steps': the audit doubles
+    it on a few images and sees whether that would have helped. None for an attack of one step."""
     distances: Tensor | None = None
     """After a call of an attack that looks for the nearest adversarial: how far that of each image
     is, (n,), infinite where none was found. The record keeps the median."""

@@ -30,10 +30,10 @@ from rdd_bench.types import LabelledImages, Threat
 
 PERTURB = "attack"
 """The phase of a run that is the attack itself."""
-GRADIENT_IMAGES = 256
-"""Right test images whose gradients are looked at."""
 AUDIT = "audit"
 """The phase of the probes around it."""
+GRADIENT_IMAGES = 256
+"""Right test images whose gradients are looked at."""
 
 
 @dataclass
@@ -153,7 +153,7 @@ def attack_models(
 
 
 def _median(distances: Tensor) -> float | None:
-    median = distances.median().item()
+    median = distances.quantile(0.5).item()
     return median if math.isfinite(median) else None
 
 

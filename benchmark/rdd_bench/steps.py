@@ -99,6 +99,7 @@ class Worker:
         self.store = Store(place.out)
         self.environment = environment_record(self.device, place.threads)
         self._memos: tuple[tuple[str, str], list[dict[str, Any]]] = (("", ""), [])
+        self._known_surrogates: tuple[str, list[Classifier]] = ("", [])
         warm_up(self.device)
         self._splits = lru_cache(maxsize=2)(self._load_splits)
 
@@ -299,13 +300,20 @@ class Worker:
         report: Report,
         count: int,
     ) -> list[Classifier]:
-        """Train networks as an attacker could who knows the set, in seeds that no table uses."""
-        distilled, recipe = self._distilled(step)
-        seeds = [derive("surrogate", number) for number in range(count)]
-        trained = fit(
-            distilled, recipe, architecture, spec, seeds, device=self.device, report=report
-        )
-        return trained.models
+        """Train networks as an attacker could who knows the set, in seeds that no table uses.
+
+        Those of the last set are kept: every network trained on it is attacked with the same ones.
+        """
+        if self._known_surrogates[0] != step.address:
+            self._known_surrogates = (step.address, [])
+        known = self._known_surrogates[1]
+        seeds = [derive("surrogate", number) for number in range(len(known), count)]
+        if seeds:
+            distilled, recipe = self._distilled(step)
+            known += fit(
+                distilled, recipe, architecture, spec, seeds, device=self.device, report=report
+            ).models
+        return known[:count]
 
     def _component(self, choice: Choice, kind: type[Any]) -> Any:
         made = self.registry.build(choice.kind, choice.offer_name, choice.component.options)

@@ -259,7 +259,9 @@ class DistilledSet:
     recipe: Recipe | None = None
     """How its author trains on it: the ``author`` track. None: only the protocol's recipe."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """Figures worth keeping (final loss, chosen indices' hash); JSON values, shown on the card."""
+    """Figures worth keeping (final loss, chosen indices' hash); JSON values, shown on the card.
+    ``selected_on`` names the split by which the makers chose the set among others: 'test' is a
+    flag."""
     whitening: Whitening | None = None
     """What images go through before the network, for recipes that use 'whitening'."""
     weights: Tensor | None = None
