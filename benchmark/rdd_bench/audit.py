@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody uses
 from scipy import stats
 from torch import Tensor, nn
 
+from rdd_bench.consistency import NON_DETERMINISTIC
 from rdd_bench.data import tensors_hash
 from rdd_bench.networks import predict
 from rdd_bench.pictures import in_eight_bits
@@ -26,7 +27,6 @@ from rdd_bench.types import Threat
 BUDGET = "budget"
 BOX = "box"
 NULL_ATTACK = "null-attack"
-NON_DETERMINISTIC = "non-deterministic"
 STATE_CHANGED = "state-changed"
 TRAIN_MODE = "train-mode"
 INPUT_RANGE = "input-range"

@@ -16,6 +16,8 @@ from rdd_bench.metrics import worst_case
 from rdd_bench.outcomes import Outcomes
 from rdd_bench.records import AttackRecord, Flag
 
+NON_DETERMINISTIC = "non-deterministic"
+"""Two forward passes differ. Attacks are not made for that, so no table ranks such a row."""
 WEAKER_THAN = "weaker-than"
 BLACK_BOX = "black-box"
 NOISE_CONTROL = "noise-control"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rdd_bench.consistency import contradictions, evidence_of
+from rdd_bench.consistency import NON_DETERMINISTIC, contradictions, evidence_of
 from rdd_bench.matched import ControlSet, matched_worst
 from rdd_bench.metrics import Estimate, accuracy, estimate, rank_intervals
 from rdd_bench.records import AttackRecord, Flag
@@ -31,7 +31,7 @@ class Standing:
     """Worst case minus that of real images of the same clean accuracy; None where there are none,
     for references and for the control itself."""
     rank: tuple[int, int] | None
-    """None for references and for rows that are in quarantine."""
+    """None for references and for rows that must not be ranked; see ``may_be_ranked``."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Table:
     def standings(self, threat: Threat) -> list[Standing]:
         """Return the rows that have every result, best worst case first.
 
-        Those in quarantine come after them, and then the references.
+        Those that must not be ranked come after them, and then the references.
         """
         attacks = self.ranking_attacks(threat)
         if not attacks:
@@ -109,14 +109,14 @@ class Table:
         references = [s for s in standings if s.row.role == "reference"]
         others = [s for s in standings if s.row.role != "reference"]
         others.sort(key=lambda s: (-s.worst.mean, s.row.label))
-        ranked = [s for s in others if not s.row.quarantined()]
-        struck = [s for s in others if s.row.quarantined()]
+        ranked = [s for s in others if may_be_ranked(s.row)]
+        unranked = [s for s in others if not may_be_ranked(s.row)]
         intervals = rank_intervals([s.worst for s in ranked])
         ranked = [
             replace(standing, rank=interval)
             for standing, interval in zip(ranked, intervals, strict=True)
         ]
-        return [*ranked, *struck, *references]
+        return [*ranked, *unranked, *references]
 
     def incomplete(self, threat: Threat) -> list[Row]:
         """Return the rows that lack a result which the ranking needs."""
@@ -234,6 +234,12 @@ def _controls(cells: Sequence[Cell]) -> list[Row]:
     mine = [c for c in controls if c.distill.distiller.label == label]
     sizes = sorted({c.distill.ipc for c in mine})
     return [row for ipc in sizes for row in make_rows([c for c in mine if c.distill.ipc == ipc])]
+
+
+def may_be_ranked(row: Row) -> bool:
+    """Whether nobody put the row in quarantine and its networks answer the same twice."""
+    flags = (flag.name for _, _, flag in row_flags(row))
+    return not row.quarantined() and NON_DETERMINISTIC not in flags
 
 
 def row_flags(row: Row) -> list[tuple[Cell, AttackRecord | None, Flag]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rdd_bench import audit, consistency
 from rdd_bench.components import Attack, Run
-from rdd_bench.consistency import Evidence, contradictions
+from rdd_bench.consistency import NON_DETERMINISTIC, Evidence, contradictions
 from rdd_bench.networks import Classifier, Normalise
 from rdd_bench.pictures import in_eight_bits
 from rdd_bench.records import Flag
@@ -196,7 +196,7 @@ CATALOGUE = {
     audit.NULL_ATTACK: Entry(
         lambda: attacked(doing(lambda _, x, __: 0.8 - x)), attacked, "outcome of 32 of 32 images"
     ),
-    audit.NON_DETERMINISTIC: Entry(
+    NON_DETERMINISTIC: Entry(
         lambda: attacked(model=network(noise=1e-2)), attacked, "two forward passes differ by"
     ),
     audit.STATE_CHANGED: Entry(

@@ -21,11 +21,11 @@ LAYERS = """
 errors hashing seeding outcomes lazy measure environment
 types
 components threats augment records protocol checks networks views pictures metrics numerics
-hookspecs data counted
+hookspecs data counted consistency
 artifacts
 foreign
 api registry overrides results
-training consistency audit store
+training audit store
 plan probes rows
 matched robustness
 standings

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rdd_bench import audit
 from rdd_bench.components import Attack, Run
+from rdd_bench.consistency import NON_DETERMINISTIC
 from rdd_bench.errors import ContractError, RddBenchError
 from rdd_bench.networks import Classifier, Normalise
 from rdd_bench.robustness import Judgement, attack_models, clean_outcomes
@@ -295,8 +296,8 @@ def test_an_attack_that_leaves_train_mode_is_flagged_and_judged_in_eval_mode():
 
 def test_a_network_that_draws_at_random_is_flagged():
     judged = judge(model=victim(noise=1e-3))
-    assert audit.NON_DETERMINISTIC in flags(judged)
-    assert audit.NON_DETERMINISTIC not in flags(judge(model=victim()))
+    assert NON_DETERMINISTIC in flags(judged)
+    assert NON_DETERMINISTIC not in flags(judge(model=victim()))
 
 
 @pytest.mark.parametrize("only_in_earnest", [False, True])

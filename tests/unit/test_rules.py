@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from rdd_bench import audit, robustness
 from rdd_bench.checks import check_candidates, check_network
-from rdd_bench.components import Architecture, Attack, NoOptions, Run
+from rdd_bench.components import Access, Architecture, Attack, NoOptions, Run
+from rdd_bench.consistency import BLACK_BOX, NON_DETERMINISTIC, Evidence, check_black_box
 from rdd_bench.errors import ContractError, RddBenchError, UnknownNameError
 from rdd_bench.leaderboard import render
 from rdd_bench.networks import Classifier, Normalise, Whiten
 from rdd_bench.numerics import numerical_settings
 from rdd_bench.plan import AttackStep, Selection, make_plan
 from rdd_bench.protocol import load_protocol, names
-from rdd_bench.records import QuarantineRecord
+from rdd_bench.records import Flag, QuarantineRecord
 from rdd_bench.registry import load_plugins
 from rdd_bench.results import join
 from rdd_bench.standings import make_tables
+from rdd_bench.threats import project
 from rdd_bench.training import fit
 from rdd_bench.types import (
     DatasetSpec,
@@ -199,6 +201,62 @@ def test_rule_04_tables_are_ranked_by_autoattack_and_pgd_is_no_toy(registry):
     assert options.random_start
 
 
+def test_rule_05_masked_gradients_are_noticed_and_planted_adversarials_found():
+    """The test of Zimmermann et al. 2022: a defence with adversarials that an attack must find."""
+
+    class Steps(nn.Module):
+        """Counts grey levels, so that its gradient is zero everywhere."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            light = ((images * 4).round() / 4).flatten(1).sum(dim=1)
+            return torch.stack([-light, light], dim=1)
+
+    stairs = Classifier(Normalise(SPEC), Steps()).eval().requires_grad_(False)
+    test = toy_images()
+    clean = robustness.clean_outcomes(stairs, test, 16)
+    (flag,) = robustness.audit_networks([stairs], test, [clean], None, 16)
+    assert flag.name == audit.ZERO_GRADIENT
+
+    def with_gradients(model: nn.Module, images: Tensor, labels: Tensor, *_: Any) -> Tensor:
+        leaf = images.clone().requires_grad_()
+        loss = nn.functional.cross_entropy(model(leaf), labels)
+        (slope,) = torch.autograd.grad(loss, leaf)
+        return project(images + LINF.eps * slope.sign(), images, LINF)
+
+    def blind(_model: nn.Module, images: Tensor, labels: Tensor, *_: Any) -> Tensor:
+        return (images + LINF.eps * (1 - 2 * labels.view(-1, 1, 1, 1))).clamp(0, 1)
+
+    def evidence(access: Access, attack: Any) -> Evidence:
+        robust = judge(attack, stairs).robust[0].numpy()
+        return Evidence(access, access, access, frozenset(), [robust])
+
+    left, found = evidence("white", with_gradients), evidence("black", blind)
+    assert left.right > found.right  # the gradients lead nowhere, the planted ones are there
+    assert [flag.name for flag in check_black_box(found, [left, found])] == [BLACK_BOX]
+
+
+def test_rule_06_networks_answer_with_logits_the_same_ones_twice(book):
+    class Probabilities(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return images.flatten(1)  # sixteen answers for two classes
+
+    with pytest.raises(ContractError, match=r"logits \(2, 2\)"):
+        check_network(Probabilities(), SPEC, "architecture 'given'")
+
+    class Rolling(Light):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + 0.01 * torch.rand(1)
+
+    rolling = Classifier(Normalise(SPEC), Rolling()).eval().requires_grad_(False)
+    assert NON_DETERMINISTIC in flags(judge(untouched, rolling))
+    rolled = book.cell("rolling", ["1111"], ["1111"])
+    flag = Flag(name=NON_DETERMINISTIC, message="two forward passes differ")
+    book.records[-1] = rolled.model_copy(update={"flags": [flag]})
+    book.cell("steady", ["1111"], ["1100"])
+    standings = make_tables(join(book.records))[0].standings(("linf", 0.1))
+    assert [(s.row.label, s.rank) for s in standings] == [("steady", (1, 1)), ("rolling", None)]
+
+
 def test_rule_07_every_norm_and_budget_is_a_ranking_of_its_own(book):
     train = book.train(book.distill("dm"), ["1111"])
     book.attack(train, ["1100"], norm="linf", eps=0.1)
@@ -225,6 +283,36 @@ def test_rule_09_the_denominator_is_all_test_images():
     (robust,) = judge(untouched, test=wrong).robust
     assert len(robust) == 40
     assert robust.float().mean() == 0.75  # what is wrong clean is lost, whatever an attack does
+
+
+def test_rule_10_robustness_is_compared_at_equal_clean_accuracy(book):
+    """A network that is right less often may keep a larger share of it and prove nothing."""
+    for ipc, clean, robust in ((1, 50, 20), (10, 100, 40)):
+        book.cell(
+            "random", ["1" * clean + "0" * (100 - clean)], ["1" * robust + "0" * (100 - robust)],
+            ipc=ipc, role="baseline", control=True,
+        )  # fmt: skip
+    book.cell("weak", ["1" * 50 + "0" * 50], ["1" * 20 + "0" * 80], ipc=10)
+    table = next(t for t in make_tables(join(book.records)) if t.ipc == 10)
+    weak = next(s for s in table.standings(("linf", 0.1)) if s.row.label == "weak")
+    assert (weak.clean.mean, weak.worst.mean) == (0.5, 0.2)  # absolute figures, always
+    assert weak.gain is not None
+    assert weak.matched is not None
+    assert weak.gain.mean == pytest.approx(-0.2)
+    assert weak.matched.mean == pytest.approx(0)
+
+
+def test_rule_11_few_images_mean_wide_intervals_and_shared_ranks(book):
+    rng = np.random.default_rng(0)
+    for label, rate in (("a", 0.35), ("b", 0.30)):
+        bits = "".join("1" if u < rate else "0" for u in rng.random(200))
+        book.cell(label, ["1" * 200], [bits])
+    standings = make_tables(join(book.records))[0].standings(("linf", 0.1))
+    assert {s.rank for s in standings} == {(1, 2)}
+    assert all(s.worst.high - s.worst.low > 0.12 for s in standings)  # ±6.4 points at 200 images
+    for name in names():
+        protocol = load_protocol(name)
+        assert set(protocol.test_sha256) == set(protocol.datasets), name  # the images are pinned
 
 
 def test_rule_12_at_least_three_training_seeds_and_no_clock_decides_a_weight():
@@ -259,6 +347,8 @@ def test_rule_13_training_never_sees_a_test_image_and_keeps_its_last_epoch():
 
     weights = [audit.state_hash(train(epochs)) for epochs in (1, 2, 3)]
     assert len(set(weights)) == 3  # every further epoch counts, the best one is nowhere kept
+    (flag,) = audit.check_selection({"selected_on": "test"})  # what a reader of files notes
+    assert flag.name == audit.TEST_SELECTION
 
 
 def test_rule_14_the_headline_track_has_hard_labels_and_no_teacher(registry):
@@ -391,32 +481,3 @@ def test_rule_24_an_unknown_name_is_an_error_with_a_suggestion(registry):
         make_plan(protocol, Selection(attacks=["SPSA", "pdg"]), registry)
     with pytest.raises(RddBenchError, match="stepz is not an option"):
         make_plan(protocol, Selection(options={"pgd": {"stepz": 1}}), registry)
-
-
-def test_rule_06_networks_answer_with_logits_the_same_ones_twice():
-    class Probabilities(nn.Module):
-        def forward(self, images: Tensor) -> Tensor:
-            return images.flatten(1)  # sixteen answers for two classes
-
-    with pytest.raises(ContractError, match=r"logits \(2, 2\)"):
-        check_network(Probabilities(), SPEC, "architecture 'given'")
-
-    class Rolling(Light):
-        def forward(self, images: Tensor) -> Tensor:
-            return super().forward(images) + 0.01 * torch.rand(1)
-
-    rolling = Classifier(Normalise(SPEC), Rolling()).eval().requires_grad_(False)
-    assert audit.NON_DETERMINISTIC in flags(judge(untouched, rolling))
-
-
-def test_rule_11_few_images_mean_wide_intervals_and_shared_ranks(book):
-    rng = np.random.default_rng(0)
-    for label, rate in (("a", 0.35), ("b", 0.30)):
-        bits = "".join("1" if u < rate else "0" for u in rng.random(200))
-        book.cell(label, ["1" * 200], [bits])
-    standings = make_tables(join(book.records))[0].standings(("linf", 0.1))
-    assert {s.rank for s in standings} == {(1, 2)}
-    assert all(s.worst.high - s.worst.low > 0.12 for s in standings)  # ±6.4 points at 200 images
-    for name in names():
-        protocol = load_protocol(name)
-        assert set(protocol.test_sha256) == set(protocol.datasets), name  # the images are pinned
