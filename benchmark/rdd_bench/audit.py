@@ -45,6 +45,7 @@ CHANCE = 0.999
 """Quantile of what chance may leave under a budget that allows everything."""
 VANISHED = 0.05
 """Fraction of right images without a gradient above which an attack on it means little."""
+HALF_LEVEL = 0.5 / 255
 MOVED_PIXELS = 0.01
 """Fraction of pixels outside [0, 1], or of images that 8 bits change, that is remarked on."""
 
@@ -249,13 +250,15 @@ def check_eight_bit(model: nn.Module, images: Tensor, batch_size: int) -> list[F
     return [Flag(name=EIGHT_BIT, message=message, value=changed)]
 
 
-def check_out_of_range(fraction: float) -> list[Flag]:
-    """Hardly any of a set's pixels lie outside [0, 1]."""
+def check_out_of_range(images: Tensor) -> list[Flag]:
+    """Hardly any of a set's pixels lie outside [0, 1] by more than rounding to 8 bits hides."""
+    outside = (images < -HALF_LEVEL) | (images > 1 + HALF_LEVEL)
+    fraction = outside.float().mean().item()
     if fraction <= MOVED_PIXELS:
         return []
     message = (
-        f"{100 * fraction:.1f} % of the pixels lie outside [0, 1]: an attacker cannot reach them, "
-        "and pictures cannot hold them"
+        f"{100 * fraction:.1f} % of the pixels lie outside [0, 1] by over half a grey level: an "
+        "attacker cannot reach them, and pictures cannot hold them"
     )
     return [Flag(name=OUT_OF_RANGE, message=message, value=fraction)]
 

@@ -80,7 +80,7 @@ def set_facts(distilled: DistilledSet, spec: DatasetSpec, role: str) -> dict[str
     """Return what can be read off a set, with its flags."""
     images = distilled.images
     outside = ((images < 0) | (images > 1)).float().mean().item()
-    flags = audit.check_out_of_range(outside) + audit.check_selection(distilled.notes)
+    flags = audit.check_out_of_range(images) + audit.check_selection(distilled.notes)
     if role != "reference":  # which are as balanced as the data set is
         flags += audit.check_class_balance(distilled.hard_labels, spec.num_classes)
     return {
