@@ -35,6 +35,7 @@ DEVICE = click.option(
 @click.command()
 @click.argument("path", metavar="FILE", type=FILE)
 @PROTOCOL
+@click.option("--beside", type=NAMES, help="Rows to compare it with.  [default: the control]")
 @click.option("--datasets", type=NAMES, help="Data set it was distilled from.")
 @click.option("--architectures", type=NAMES, help="Networks to train on it.")
 @click.option("--attacks", type=NAMES, help="Attacks to run.")
@@ -64,6 +65,7 @@ def evaluate(path: Path, **given: Any) -> None:
     \b
     rdd-bench evaluate res_DM_CIFAR10_ConvNet_10ipc.pt --protocol cifar10-v1
     rdd-bench evaluate images_best.pt --space whitened --lr 0.02 --tracks author
+    rdd-bench evaluate idm.pt --factor 2 --beside random,random-decoded
     """
     from rdd_bench.components import Source
     from rdd_bench.foreign import read_set
@@ -81,7 +83,8 @@ def evaluate(path: Path, **given: Any) -> None:
     ipc = _images_per_class(found.labels, path) * (given["factor"] or 1) ** 2
     protocol, registry = load_protocol(given["protocol"]), registry_for_users()
     label = f"{_importer(registry)}:{path}"
-    methods = [label, *([protocol.control] if protocol.control else [])]
+    beside = [protocol.control] if given["beside"] is None else given["beside"]
+    methods = [label, *filter(None, beside)]
     for line in (f"{path}: {found.format}, {ipc} images per class", *found.remarks):
         click.echo(line, err=True)
     selected = ("datasets", "architectures", "attacks", "tracks", "seeds")

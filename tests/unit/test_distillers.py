@@ -18,6 +18,7 @@ from rdd_bench.augment import Transform, draw
 from rdd_bench.checks import check_distilled_set
 from rdd_bench.components import Architecture, DistillTask, NoOptions, Run
 from rdd_bench.errors import Diverged, NotApplicable, RddBenchError
+from rdd_bench.foreign import unfold
 from rdd_bench.seeding import seeded
 from rdd_bench.types import AdversarialTraining, DatasetSpec, Info, LabelledImages, Recipe
 from rdd_bench_builtin.distillers import dm as dm_module
@@ -26,6 +27,7 @@ from rdd_bench_builtin.distillers.dm import DM, DMConfig, match
 from rdd_bench_builtin.distillers.herding import Herding, herd
 from rdd_bench_builtin.distillers.kcenter import KCenter, farthest_first
 from rdd_bench_builtin.distillers.random import Random
+from rdd_bench_builtin.distillers.random_decoded import RandomDecoded
 from rdd_bench_builtin.distillers.whole import Whole, WholeAt, WholeAtConfig
 
 torch.set_num_threads(1)
@@ -131,6 +133,7 @@ def few(digits: LabelledImages, counts: list[int]) -> LabelledImages:
 
 SMALL = [
     (Random, {}),
+    (RandomDecoded, {}),
     (Herding, {}),
     (Herding, {"features": "pixels"}),
     (KCenter, {}),
@@ -200,6 +203,26 @@ def test_the_augmentation_is_checked_with_the_options_and_goes_into_the_recipe(
     )
     assert made.recipe is not None
     assert made.recipe.augment == "crop"
+
+
+def test_random_decoded_is_random_through_the_decoder_of_factorised_sets(digits, run):
+    """Four real images of one class, stored in one and unfolded, are what it makes of each."""
+    task = make_task(digits, ipc=4)
+    with seeded(1):
+        real = Random().distill(task, run).images
+    with seeded(1):
+        made = RandomDecoded().distill(task, run)
+    small = torch.nn.functional.avg_pool2d(real[:4], 2)
+    stored = torch.cat([torch.cat([*small[:2]], dim=2), torch.cat([*small[2:]], dim=2)], dim=1)
+    assert torch.equal(made.images[:4], unfold(stored[None], 2))
+    assert made.images.shape == real.shape
+    assert not torch.equal(made.images, real)
+    assert torch.allclose(made.images.mean(), real.mean(), atol=1e-3)
+
+
+def test_random_decoded_refuses_images_that_it_cannot_divide(digits, run):
+    with pytest.raises(RddBenchError, match="have no 3x3 parts; choose another factor"):
+        RandomDecoded.configured({"factor": 3}).distill(make_task(digits, ipc=1), run)
 
 
 def test_random_is_uniform(run):
