@@ -45,6 +45,8 @@ class Verdict:
     """What the attack has to say, such as a library's warnings or a median distance."""
     error: str = ""
     """Why the attack could not be run."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Of an attack its plugin, every option, the library that ran, and its median distance."""
 
     @property
     def accuracy(self) -> float:
@@ -66,6 +68,7 @@ class Verdict:
             "flags": [flag.model_dump(mode="json") for flag in self.flags],
             "messages": self.messages,
             "error": self.error,
+            **self.about,
         }
 
 
@@ -207,7 +210,14 @@ def _verdict(
         )
     except NotApplicable as reason:
         return Verdict(label, threat, nothing, error=str(reason))
-    return Verdict(label, threat, judged.robust[0], judged.flags, judged.messages)
+    about = {
+        "name": attack.name,
+        "options": attack.config.model_dump(mode="json"),
+        "provenance": attack.provenance(),
+        "median_distance": next(iter(judged.median_distance), None),
+    }
+    robust = judged.robust[0]
+    return Verdict(label, threat, robust, judged.flags, judged.messages, about=about)
 
 
 def _compare(

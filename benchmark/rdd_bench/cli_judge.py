@@ -139,7 +139,9 @@ def _images_per_class(labels: Any, file: Path) -> int:
     help="Budgets in pixels of [0, 1].",
 )  # fmt: skip
 @click.option("--norm", type=click.Choice(["linf", "l2"]), default="linf", show_default=True)
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first N test images.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Only N test images, as many of each class."
+)
 @click.option("--mean", type=FRACTIONS, help="What was subtracted in training, per channel.")
 @click.option("--std", type=FRACTIONS, help="What was divided by in training, per channel.")
 @click.option("--set", "assignments", multiple=True, metavar="NAME.OPTION=VALUE")
@@ -179,7 +181,7 @@ def attack(checkpoint: Path, **given: Any) -> None:
     import torch
 
     from rdd_bench.checkpoint import judge, load_network, percent, worst_cases
-    from rdd_bench.data import load_splits
+    from rdd_bench.data import load_splits, take_in_turn
     from rdd_bench.display import Display
     from rdd_bench.numerics import numerical_settings
     from rdd_bench.runner import resolve_device
@@ -190,7 +192,7 @@ def attack(checkpoint: Path, **given: Any) -> None:
     model = load_network(checkpoint, architecture, splits.spec, given["mean"], given["std"])
     test = splits.test
     if given["limit"]:
-        test = test.subset(torch.arange(min(given["limit"], len(test))))
+        test = take_in_turn(test, given["limit"])
     with Display(console(stderr=True), 1) as display, numerical_settings(threads=1):
         verdicts = judge(model, test, attacks, threats, device, report=display.report)
     rows = []

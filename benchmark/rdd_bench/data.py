@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -67,6 +68,20 @@ def take_per_class(part: LabelledImages, count: int, num_classes: int, who: str)
             )
         kept += sorted(members, key=_position_hash)[:count]
     return part.subset(torch.tensor(sorted(kept)))
+
+
+def take_in_turn(part: LabelledImages, count: int) -> LabelledImages:
+    """Return ``count`` images, or all if there are fewer: the first of every class, and so on.
+
+    Stored images may be sorted by class; the first of them would be of one class only.
+    """
+    seen: Counter[int] = Counter()
+    turns: list[tuple[int, int]] = []
+    for position, label in enumerate(part.labels.tolist()):
+        turns.append((seen[label], position))
+        seen[label] += 1
+    chosen = sorted(position for _, position in sorted(turns)[:count])
+    return part.subset(torch.tensor(chosen))
 
 
 @lru_cache(maxsize=200_000)

@@ -292,10 +292,21 @@ def test_a_network_is_judged_as_in_a_run(cli, trained, out, records_of, tmp_path
     assert mine.tolist() == recorded.bitmaps()[0].tolist()
 
 
-def test_only_the_first_images_are_attacked_on_request(cli, trained, tmp_path):
+def test_only_some_images_are_attacked_on_request(cli, trained, tmp_path):
     torch.save(trained, tmp_path / "net.pt")
     answer = attack(cli, tmp_path / "net.pt", "--limit", 30)
     assert "on 30 test images" in answer.out
+
+
+def test_a_verdict_says_with_what_it_was_made(cli, trained, tmp_path):
+    torch.save(trained, tmp_path / "net.pt")
+    target = tmp_path / "verdict.json"
+    attack(cli, tmp_path / "net.pt", "--limit", 20, "--set", "pgd.steps=3", "--output", target)
+    clean, fgsm, pgd, *_ = json.loads(target.read_text())["verdicts"]
+    assert "options" not in clean
+    assert (fgsm["name"], fgsm["options"]) == ("fgsm", {})
+    assert pgd["options"]["steps"] == 3
+    assert pgd["provenance"] == {}
 
 
 def test_the_normalisation_it_was_trained_with_counts(cli, trained, tmp_path, splits):

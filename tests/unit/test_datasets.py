@@ -20,8 +20,9 @@ from sklearn.datasets import load_digits
 
 from rdd_bench.checks import check_splits
 from rdd_bench.components import Dataset, Source
+from rdd_bench.data import take_in_turn
 from rdd_bench.errors import RddBenchError
-from rdd_bench.types import Splits
+from rdd_bench.types import LabelledImages, Splits
 from rdd_bench_builtin.datasets import digits
 from rdd_bench_builtin.datasets.digits import Digits
 from rdd_bench_builtin.datasets.folder import Folder, Options
@@ -388,3 +389,16 @@ def test_folder_with_sixteen_bits(tmp_path):
     )
     with pytest.raises(RddBenchError, match=r"mode I;16; expected 8 bits"):
         folder(tmp_path).load(NOWHERE)
+
+
+@pytest.mark.parametrize(
+    ("count", "labels"), [(3, [0, 1, 2]), (5, [0, 0, 1, 1, 2]), (99, [0, 0, 0, 0, 1, 1, 2, 2, 2])]
+)
+def test_images_are_taken_from_every_class_in_turn(count, labels):
+    """Also where they are sorted by class, and in their stored order."""
+    part = LabelledImages(
+        torch.arange(9.0).view(9, 1, 1, 1), torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2])
+    )
+    taken = take_in_turn(part, count)
+    assert taken.labels.tolist() == labels
+    assert taken.images.flatten().tolist() == sorted(taken.images.flatten().tolist())
