@@ -40,7 +40,7 @@ CLASS_BALANCE = "class-balance"
 TEST_SELECTION = "test-selection"
 
 MORE_STEPS_TOLERANCE = 0.02
-"""Of all test images; random starts alone break some that another start left."""
+"""Of all test images."""
 CHANCE = 0.999
 """Quantile of what chance may leave under a budget that allows everything."""
 VANISHED = 0.05
@@ -148,7 +148,8 @@ def check_more_steps(
     Args:
         attack: How messages call it.
         effort: The option that was doubled.
-        newly_broken: How many images the longer search breaks,
+        newly_broken: How many more images the longer search breaks than one as long as the
+            attack's, both with the same new draws,
         tried: of how many that the attack had left,
         survivors: of how many that it left in all,
         total: of how many test images.
@@ -157,8 +158,8 @@ def check_more_steps(
     if gain <= MORE_STEPS_TOLERANCE:
         return []
     message = (
-        f"{attack} with twice the {effort} breaks {newly_broken} of {tried} images that it had "
-        f"left, {100 * gain:.1f} points of all: it has not converged"
+        f"{attack} with twice the {effort} breaks {newly_broken} more of {tried} images that it "
+        f"had left, {100 * gain:.1f} points of all: it has not converged"
     )
     return [Flag(name=MORE_STEPS, message=message, value=gain)]
 

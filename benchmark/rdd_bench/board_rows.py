@@ -13,6 +13,7 @@ from rdd_bench.board_text import (
     rank_text,
     row_text,
     seconds_text,
+    signed,
     threat_text,
 )
 from rdd_bench.compatibility import Suite
@@ -188,6 +189,6 @@ def short_row(standing: Standing, attacks: Sequence[str]) -> dict[str, str]:
         "Clean": percent(standing.clean, interval=False),
         **{name: f"{100 * e.mean:.1f}" if e else DASH for name, e in by_attack.items()},
         "Worst case": percent(standing.worst, interval=False),
-        "Gain": f"{100 * standing.gain.mean:+.1f}" if standing.gain else DASH,
+        "Gain": signed(standing.gain.mean) if standing.gain else DASH,
         "Flags": ", ".join(flags) or DASH,
     }

@@ -47,11 +47,16 @@ def points(fraction: float) -> str:
 
 def gain_text(e: Estimate | None) -> str:
     """Return a difference with its sign and interval, in points."""
-    return DASH if e is None else f"{100 * e.mean:+.1f} {signed_interval(e.low, e.high)}"
+    return DASH if e is None else f"{signed(e.mean)} {signed_interval(e.low, e.high)}"
 
 
 def signed_interval(low: float, high: float) -> str:
-    return f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+    return f"[{signed(low)}, {signed(high)}]"
+
+
+def signed(fraction: float) -> str:
+    """Return a difference in points with its sign; what rounds to zero is +0.0."""
+    return f"{round(100 * fraction, 1) + 0.0:+.1f}"
 
 
 def row_text(row: Row) -> str:

@@ -102,6 +102,9 @@ def load_network(
             f"{path} does not fit {architecture.name}: {'; '.join(problems)}. Name the "
             "architecture and its options that it was trained with"
         )
+    lost = [name for name in wanted if not torch.isfinite(state[name]).all()]
+    if lost:
+        raise RddBenchError(f"{path} has NaN or infinite numbers in {', '.join(lost[:3])}")
     network.load_state_dict(dict(state))
     preprocess = Normalise(spec)
     for name, values in (("mean", mean), ("std", std)):
@@ -110,6 +113,10 @@ def load_network(
                 raise RddBenchError(
                     f"--{name} has {len(values)} numbers; {spec.name} has {spec.shape[0]} channels"
                 )
+            if not all(math.isfinite(value) for value in values):
+                raise RddBenchError(f"--{name} has a number that is not finite")
+            if name == "std" and min(values) <= 0:
+                raise RddBenchError(f"--std has {min(values):g}; expected numbers above 0")
             getattr(preprocess, name).copy_(torch.tensor(values).view(-1, 1, 1))
     return Classifier(preprocess, network).eval().requires_grad_(requires_grad=False)
 

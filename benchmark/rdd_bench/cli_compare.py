@@ -79,12 +79,12 @@ def _tables_of_both(tables: list[Table], first: str, second: str) -> list[Table]
 
 
 def _line(name: str, found: Difference) -> list[str]:
-    from rdd_bench.board_text import signed_interval
+    from rdd_bench.board_text import signed, signed_interval
 
     e, test = found.estimate, found.mcnemar
     return [
         name,
-        f"{100 * e.mean:+.1f}",
+        signed(e.mean),
         signed_interval(e.low, e.high),
         signed_interval(*found.bootstrap),
         str(test.only_first),

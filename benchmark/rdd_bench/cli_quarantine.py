@@ -51,5 +51,7 @@ def quarantine(folder: Path, address: str, reason: str) -> None:
     else:
         path = Path(f"{QUARANTINE}.jsonl")
         before = store.read_file(path) if (folder / path).exists() else b""
+        if before and not before.endswith(b"\n"):  # as editors leave it
+            before += b"\n"
         store.write_file(path, before + to_line(record).encode())
     click.echo(f"quarantined {found[0].kind} {target}: {reason}")

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LARGEST_FILE = 4 * 2**30
 """Bytes above which a file is refused: a distilled set is small."""
+MOST_CLASSES = 1_000_000
+"""Hard labels from which on a file is refused: they are counted class by class."""
 IMAGE_KEYS = ("images", "image_syn", "images_syn", "syn_images", "data", "x")
 LABEL_KEYS = ("labels", "label_syn", "labels_syn", "syn_labels", "targets", "y")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -214,6 +216,15 @@ def _is_pair(value: Any) -> bool:
 
 
 def _checked(images: Tensor, labels: Tensor, path: Path) -> tuple[Tensor, Tensor]:
+    for what, tensor in (("images", images), ("labels", labels)):
+        if tensor.layout != torch.strided:
+            raise RddBenchError(f"{path}: {what} are {tensor.layout}; expected a dense tensor")
+        if 4 * tensor.numel() > LARGEST_FILE:  # a small file may repeat one number for ever
+            raise RddBenchError(
+                f"{path}: {what} of shape {tuple(tensor.shape)} take "
+                f"{4 * tensor.numel() / 2**30:.1f} GiB; a distilled set has at most "
+                f"{LARGEST_FILE // 2**30}"
+            )
     if images.ndim != 4 or not len(images):
         raise RddBenchError(f"{path}: images of shape {tuple(images.shape)}; expected (n, c, h, w)")
     if not images.is_floating_point():
@@ -229,8 +240,16 @@ def _checked(images: Tensor, labels: Tensor, path: Path) -> tuple[Tensor, Tensor
             f"{path}: labels of shape {tuple(labels.shape)} for {len(images)} images; expected "
             f"({len(images)},) or ({len(images)}, classes)"
         )
+    if not torch.isfinite(labels).all():
+        raise RddBenchError(f"{path}: labels have NaN or infinite values")
     if labels.ndim == 1:
-        return images.float().contiguous(), labels.long()
+        hard = labels.long()
+        if bool((hard != labels).any()) or int(hard.max()) >= MOST_CLASSES:
+            raise RddBenchError(
+                f"{path}: hard labels span {labels.min().item():g} to {labels.max().item():g}; "
+                "expected the numbers of classes, from 0"
+            )
+        return images.float().contiguous(), hard
     return images.float().contiguous(), _probabilities(labels.float())
 
 
@@ -258,15 +277,20 @@ def _from_folder(path: Path, repetition: int) -> ForeignSet:
                 with Image.open(file) as picture:
                     mode = "L" if picture.mode == "L" else "RGB"
                     array = np.asarray(picture.convert(mode)).astype("float32") / 255
-            except (UnidentifiedImageError, OSError):
+            except (UnidentifiedImageError, OSError, SyntaxError, ValueError):
                 raise RddBenchError(f"{file} is no picture, or a truncated one") from None
+            except Image.DecompressionBombError:
+                raise RddBenchError(f"{file} is far too large for a picture of a set") from None
             images.append(torch.from_numpy(array).reshape(*array.shape[:2], -1))
             labels.append(label)
     if not images:
         return read_set(_only_file_in(path), repetition)
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        raise RddBenchError(f"{path} holds pictures of {len(shapes)} sizes; expected one")
+        raise RddBenchError(
+            f"{path} holds pictures of {len(shapes)} sizes, or grey and coloured ones; expected "
+            "all alike"
+        )
     stacked = torch.stack(images).permute(0, 3, 1, 2).contiguous()
     return ForeignSet(
         stacked,

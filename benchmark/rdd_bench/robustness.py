@@ -116,6 +116,7 @@ def attack_models(
         clean = clean_outcomes(model, test, run.batch_size)
         right = test.subset(clean)
         robust = clean.clone()
+        median = None
         if len(right):
             flags = audit.check_input_range(right.images)
             flags += audit.check_deterministic(model, right.images[: run.batch_size])
@@ -135,7 +136,7 @@ def attack_models(
             flags += audit.check_budget(candidates, right.images, threat)
             candidates = project(candidates, right.images, threat)
             if attack.distances is not None:
-                judgement.median_distance.append(_median(attack.distances))
+                median = _median(attack.distances)
             said = predict(model, candidates, run.batch_size)
             robust[clean] = said == right.labels
             judgement.examples = judgement.examples or _examples(right, candidates, said)
@@ -146,9 +147,12 @@ def attack_models(
                 _restore(model, state)
             judgement.flags = audit.first_of_each([*judgement.flags, *flags])
         judgement.robust.append(robust)
+        judgement.median_distance.append(median)
         for message in attack.messages:
             if message not in judgement.messages:
                 judgement.messages.append(message)
+    if attack.distances is None:
+        judgement.median_distance = []
     return judgement
 
 

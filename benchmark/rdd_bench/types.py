@@ -6,6 +6,7 @@ float32 **pixels in [0, 1]**; normalisation is a layer inside the network that i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -114,10 +115,14 @@ def parse_eps(text: str | float) -> float:
     try:
         if isinstance(text, str) and "/" in text:
             numerator, denominator = text.split("/")
-            return float(numerator) / float(denominator)
-        return float(text)
+            eps = float(numerator) / float(denominator)
+        else:
+            eps = float(text)
     except (ValueError, TypeError, OverflowError, ZeroDivisionError):
-        raise RddBenchError(f"'{text}' is not a budget; write 0.1 or 8/255") from None
+        eps = math.nan
+    if not math.isfinite(eps):
+        raise RddBenchError(f"'{text}' is not a budget; write 0.1 or 8/255")
+    return eps
 
 
 Eps = Annotated[float, BeforeValidator(parse_eps)]

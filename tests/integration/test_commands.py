@@ -215,6 +215,10 @@ def test_a_result_in_quarantine_is_struck_through(cli, tiny, out, tmp_path):
     # A run that resumes keeps it.
     assert "~~kcenter~~" not in tiny("--distillers", "random,kcenter").out
     assert "~~kcenter~~" in (out / "leaderboard.md").read_text()
+    findings = tmp_path / "results" / "quarantine.jsonl"
+    findings.write_text(findings.read_text().rstrip("\n"))  # as an editor may leave it
+    cli("quarantine", tmp_path / "results", distill.address[:12], "--reason", "and again")
+    assert len(findings.read_text().splitlines()) == 2
     assert "no result" in cli("quarantine", out, "zzz", "--reason", "why").mistake
     assert "in one sentence" in cli("quarantine", out, distill.address, "--reason", " ").mistake
 

@@ -399,6 +399,7 @@ def test_attacks_on_a_network_from_elsewhere_are_compared_and_have_a_memory_each
         (lambda s: {k: v[:2] for k, v in s.items()}, "and not (4, 1, 3, 3)"),
         (lambda s: [1, 2], "holds list; expected a state_dict"),
         (lambda s: {"epoch": 3}, "is no state_dict: it holds epoch"),
+        (lambda s: {k: v * torch.nan for k, v in s.items()}, "has NaN or infinite numbers in "),
     ],
 )
 def test_a_file_that_does_not_fit_says_why(cli, trained, tmp_path, change, says):
@@ -412,6 +413,7 @@ def test_a_file_that_does_not_fit_says_why(cli, trained, tmp_path, change, says)
     [
         (("--eps", "8"), "write 8/255 if you meant 8 grey levels"),
         (("--eps", "eight"), "'eight' is not a budget"),
+        (("--eps", "nan"), "'nan' is not a budget"),
         (("--attacks", "fgms"), "did you mean 'fgsm'?"),
         (("--set", "dm.lr=1"), "--set names 'dm', which is not used here"),
     ],

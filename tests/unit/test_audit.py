@@ -277,6 +277,21 @@ def test_only_a_budget_in_which_all_is_grey_has_nothing_left():
     assert attacked(threat=Threat("linf", 1e-3)) == []
 
 
+class Restarted(Ascent):
+    """Half of the images find nothing, whatever the steps: chance decides which."""
+
+    def perturb(
+        self, model: nn.Module, images: Tensor, labels: Tensor, threat: Threat, run: Run
+    ) -> Tensor:
+        found = super().perturb(model, images, labels, threat, run)
+        lucky = torch.rand(len(images)) < 0.5
+        return torch.where(lucky.view(-1, 1, 1, 1), found, images)
+
+
+def test_what_other_random_starts_break_is_not_owed_to_more_steps():
+    assert audit.MORE_STEPS not in {flag.name for flag in attacked(Restarted())}
+
+
 def test_what_more_steps_break_counts_in_points_of_all_toy_images():
     def gain(newly: int, tried: int, survivors: int) -> list[Flag]:
         return audit.check_more_steps("pgd", "steps", newly, tried, survivors, total=100)

@@ -162,6 +162,14 @@ def test_folders_that_are_no_set_are_refused(tmp_path):
         read_set(tmp_path)
 
 
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "0").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "0" / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(RddBenchError, match="far too large"):
+        read_set(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -171,6 +179,14 @@ def test_folders_that_are_no_set_are_refused(tmp_path):
         ([IMAGES[0], LABELS], r"images of shape \(3, 8, 8\)"),
         ([IMAGES * torch.nan, LABELS], "NaN or infinite"),
         ([IMAGES.to(torch.complex64), LABELS], "expected floats or bytes"),
+        ([IMAGES.to_sparse(), LABELS], "images are torch.sparse_coo; expected a dense tensor"),
+        ([IMAGES, LABELS + 0.5], "hard labels span 0.5 to "),
+        ([IMAGES, LABELS + 10**12], "expected the numbers of classes, from 0"),
+        ([IMAGES, torch.full((6, 3), torch.nan)], "labels have NaN or infinite"),
+        (
+            [torch.zeros(1).expand(10**7, 3, 32, 32), torch.zeros(1).expand(10**7)],
+            "take 114.4 GiB; a distilled set has at most 4",
+        ),
     ],
 )
 def test_what_is_no_set_is_refused_in_one_sentence(tmp_path, content, says):

@@ -451,15 +451,21 @@ def probed(probe: bool = True, networks: int = 2, **attributes: Any) -> tuple[Ju
 
 def test_the_first_network_is_attacked_twice_as_long_and_with_a_large_budget():
     _, calls = probed()
-    assert [(steps, eps) for steps, eps, *_ in calls] == [(3, 0.1), (6, 0.1), (3, 0.5), (3, 0.1)]
-    assert len(calls[1][2]) == int(judge().robust[0].sum())  # what the attack had left
-    assert len(calls[2][2]) == 40  # all that are right
+    asked = [(steps, eps) for steps, eps, *_ in calls]
+    assert asked == [(3, 0.1), (3, 0.1), (6, 0.1), (3, 0.5), (3, 0.1)]
+    # What the attack had left, once as long as before to know what chance does.
+    assert len(calls[1][2]) == len(calls[2][2]) == int(judge().robust[0].sum())
+    assert len(calls[3][2]) == 40  # all that are right
     assert len(probed(probe=False)[1]) == 2
 
 
 @pytest.mark.parametrize(
     ("attributes", "probes"),
-    [({"effort": None}, []), ({"access": "black"}, [(6, 0.1)]), ({"access": "none"}, [(6, 0.1)])],
+    [
+        ({"effort": None}, []),
+        ({"access": "black"}, [(3, 0.1), (6, 0.1)]),
+        ({"access": "none"}, [(3, 0.1), (6, 0.1)]),
+    ],
 )
 def test_what_an_attack_says_of_itself_decides_how_it_is_probed(attributes, probes):
     _, calls = probed(networks=1, **attributes)
@@ -478,9 +484,9 @@ def test_probes_change_neither_the_verdict_nor_the_passes_nor_the_memory():
     for one, other in zip(with_probes.robust, without.robust, strict=True):
         assert torch.equal(one, other)
     assert with_probes.passes == without.passes
-    (first, longer, larger, second) = [memo for *_, memo in calls]
+    (first, *probes, second) = [memo for *_, memo in calls]
     assert (first, second) == ({"seen": 40}, {"seen": 40})
-    assert first is not longer is not larger is not second
+    assert len({id(memo) for memo in (first, *probes, second)}) == 5
 
 
 def test_probes_take_images_of_all_classes_where_they_are_sorted():
@@ -510,3 +516,32 @@ def test_an_attack_that_breaks_everything_is_not_run_for_longer():
     )
     assert not judged.robust[0].any()
     assert [steps for steps, eps, *_ in attack.asked if eps == 0.1] == [3]
+
+
+class Wrong(nn.Module):
+    """Never names the class that the victim names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right = victim()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = -self.right(images)
+        return logits
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_network_with_nothing_to_attack_has_no_median_distance(place):
+    class Far(Planted):
+        def perturb(self, *given: Any) -> Tensor:
+            self.distances = torch.ones(len(given[1]))
+            images: Tensor = given[1]
+            return images
+
+    models: list[nn.Module] = [victim().eval()]
+    models.insert(place, Wrong().eval())
+    test = toy_images()
+    test = test.subset(victim()(test.images).argmax(dim=1) == test.labels)
+    judged = attack_models(models, test, Far(), LINF, [0, 1], RUN, "attack")
+    assert not judged.robust[place].any()
+    assert judged.median_distance == ([None, 1.0] if place == 0 else [1.0, None])
