@@ -16,7 +16,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everybody uses
 from scipy import stats
 from torch import Tensor, nn
 
-from rdd_bench.consistency import NON_DETERMINISTIC
+from rdd_bench.consistency import FEW, NON_DETERMINISTIC
 from rdd_bench.data import tensors_hash
 from rdd_bench.networks import predict
 from rdd_bench.pictures import in_eight_bits
@@ -155,7 +155,7 @@ def check_more_steps(
         total: of how many test images.
     """
     gain = newly_broken / tried * survivors / total
-    if gain <= MORE_STEPS_TOLERANCE:
+    if newly_broken <= FEW or gain <= MORE_STEPS_TOLERANCE:
         return []
     message = (
         f"{attack} with twice the {effort} breaks {newly_broken} more of {tried} images that it "

@@ -16,7 +16,7 @@ from rdd_bench.board_text import (
     signed,
     threat_text,
 )
-from rdd_bench.compatibility import Suite
+from rdd_bench.compatibility import Suite, attack_seconds
 from rdd_bench.metrics import Estimate, accuracy, binomial_interval, estimate
 from rdd_bench.records import StepRecord
 from rdd_bench.rows import Row, Threat
@@ -159,7 +159,7 @@ def cost_row(row: Row) -> dict[str, str]:
     detail = ", ".join(f"{name} {seconds_text(s)}" for name, s in sorted(phases.items()))
     networks = sum(len(cell.train.seeds) for cell in cells)
     training = sum(cell.train.seconds.get("train", 0) for cell in cells)
-    attacking = sum(attack.seconds.get("attack", 0) for attack in attacks)
+    attacking = sum(attack_seconds(attack) or 0 for attack in attacks)
     peaks = [r.peak_bytes for r in (*distills, *(c.train for c in cells), *attacks) if r.peak_bytes]
     return {
         "Distiller": row.label,

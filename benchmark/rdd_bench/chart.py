@@ -14,11 +14,13 @@ from html import escape
 from rdd_bench.rows import Threat
 from rdd_bench.standings import Standing, Table
 
-WIDTH, HEIGHT = 780, 470
+WIDTH, LEAST_HEIGHT = 780, 470
 LEFT, TOP, RIGHT, BOTTOM = 62, 52, 560, 410
 """The plot inside the picture; the legend is to the right of it."""
 LEGEND, LINE = 590, 19
 """Where the legend begins, and the height of its lines."""
+LETTERS = 16
+"""Of a label in the legend."""
 METHOD, BASELINE, REFERENCE, INK, GRID = "#0b62a4", "#b35900", "#555555", "#222222", "#e3e3e3"
 
 DASHED = f'fill="none" stroke="{BASELINE}" stroke-width="1.5" stroke-dasharray="5 4"'
@@ -56,11 +58,12 @@ def chart(table: Table, threat: Threat, title: str) -> str | None:
     seen = [s for s in standings if s.row.role != "reference"] or standings
     x = _scale([s.clean.mean for s in seen], LEFT, RIGHT)
     y = _scale([edge for s in seen for edge in (s.worst.low, s.worst.high)], BOTTOM, TOP)
+    height = max(LEAST_HEIGHT, TOP + (len(standings) + 4) * LINE)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" font-family="sans-serif" font-size="12" fill="{INK}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" font-family="sans-serif" font-size="12" fill="{INK}" role="img">',
         f"<title>{escape(title)}</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
+        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
         _text(LEFT, 24, title, size=15),
         *_axes(x, y),
         f'<clipPath id="plot"><rect x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" '
@@ -129,13 +132,18 @@ def _legend(standings: Sequence[Standing], *, drawn: bool) -> Iterable[str]:
         figures = f"{100 * standing.clean.mean:.0f} / {100 * standing.worst.mean:.0f}"
         colour = _colour(standing)
         yield _text(LEGEND + 14, place, str(number), anchor="end", colour=colour)
-        yield _text(LEGEND + 22, place, standing.row.label[:14], colour=colour)
+        yield _text(LEGEND + 22, place, _short(standing.row.label), colour=colour)
         yield _text(WIDTH - 20, place, figures, anchor="end")
     if drawn:
         place = TOP + 14 + (len(standings) + 1) * LINE
         yield f'<path d="M{LEGEND} {place - 4}h22" {DASHED}/>'
         yield _text(LEGEND + 30, place, "random real images,", colour=BASELINE, size=11)
         yield _text(LEGEND + 30, place + 14, "with how many a class", colour=BASELINE, size=11)
+
+
+def _short(label: str) -> str:
+    """Return a label as wide as the legend, with its beginning and its end."""
+    return label if len(label) <= LETTERS else f"{label[:8]}…{label[-(LETTERS - 9) :]}"
 
 
 def _colour(standing: Standing) -> str:

@@ -45,6 +45,8 @@ class Verdict:
     """What the attack has to say, such as a library's warnings or a median distance."""
     error: str = ""
     """Why the attack could not be run."""
+    failed: bool = False
+    """Whether that is a fault, and not that it does not apply."""
     about: Mapping[str, Any] = field(default_factory=dict)
     """Of an attack its plugin, every option, the library that ran, and its median distance."""
 
@@ -169,8 +171,12 @@ def judge(
     *,
     batch_size: int = 500,
     report: Callable[[str, int, int], None] = lambda *_: None,
+    keep: Callable[[Sequence[Verdict]], None] = lambda _: None,
 ) -> list[Verdict]:
-    """Return the clean verdict and that of every attack under every threat that it knows."""
+    """Return the clean verdict and that of every attack under every threat that it knows.
+
+    ``keep`` is called with all there are whenever a threat is done, so that nothing is lost.
+    """
     model.to(device)
     test = LabelledImages(test.images.to(device), test.labels.to(device))
     outcome = robustness.clean_outcomes(model, test, batch_size)
@@ -194,6 +200,7 @@ def judge(
             }
             _compare(found, dict(attacks), clean)
             verdicts += found.values()
+            keep(verdicts)
     return verdicts
 
 
@@ -217,6 +224,11 @@ def _verdict(
         )
     except NotApplicable as reason:
         return Verdict(label, threat, nothing, error=str(reason))
+    except Exception as error:  # noqa: BLE001 - a plugin may raise anything; the others go on
+        sentence = str(error)
+        if not isinstance(error, RddBenchError):
+            sentence = f"{who} raised {type(error).__name__}: {error}"
+        return Verdict(label, threat, nothing, error=" ".join(sentence.split()), failed=True)
     about = {
         "name": attack.name,
         "options": attack.config.model_dump(mode="json"),

@@ -51,12 +51,17 @@ def compare(run: Path, first: str, second: str, protocol: str | None) -> None:
     tables = [table for table in tables if protocol in (None, table.protocol)]
     for table in _tables_of_both(tables, first, second):
         rows = {row.label: row for row in table.all_rows()}
+        if not table.ranked:
+            click.echo(f"{table.protocol}, {heading(table)}: not compared, for lack of attacks\n")
         for threat in table.ranked:
             title = f"{table.protocol}, {heading(table)}, {threat_text(threat)}"
             found = compared(table, threat, rows[first], rows[second])
             if found is None:
                 click.echo(f"{title}: not compared, because results or common seeds are missing\n")
                 continue
+            for label in (first, second):
+                for reason in rows[label].quarantined():
+                    click.echo(f"{title}: {label} is in quarantine: {reason}")
             title += f": {first} minus {second}, {len(found.seeds)} seeds"
             lines = [_line("clean", found.clean), _line("worst case", found.worst)]
             print_table(title, HEADER, lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from rdd_bench.errors import RddBenchError
 from rdd_bench.terminal import FRACTIONS, NAMES, NUMBERS, console, print_table, registry_for_users
 
 if TYPE_CHECKING:
+    from rdd_bench.foreign import ForeignSet
     from rdd_bench.registry import Registry
+    from rdd_bench.types import DatasetSpec
 
-DIFFERENT = 1
+DIFFERENT = FAILED = 1
 
 FILE = click.Path(path_type=Path, exists=True)
 PROTOCOL = click.option(
@@ -36,6 +39,7 @@ DEVICE = click.option(
 @click.argument("path", metavar="FILE", type=FILE)
 @PROTOCOL
 @click.option("--beside", type=NAMES, help="Rows to compare it with.  [default: the control]")
+@click.option("--no-references", is_flag=True, help="Leave the protocol's references out.")
 @click.option("--datasets", type=NAMES, help="Data set it was distilled from.")
 @click.option("--architectures", type=NAMES, help="Networks to train on it.")
 @click.option("--attacks", type=NAMES, help="Attacks to run.")
@@ -82,16 +86,22 @@ def evaluate(path: Path, **given: Any) -> None:
     }
     ipc = _images_per_class(found.labels, path) * (given["factor"] or 1) ** 2
     protocol, registry = load_protocol(given["protocol"]), registry_for_users()
+    if given["no_references"]:
+        protocol = protocol.model_copy(update={"references": []})
     label = f"{_importer(registry)}:{path}"
     beside = [protocol.control] if given["beside"] is None else given["beside"]
     methods = [label, *filter(None, beside)]
-    for line in (f"{path}: {found.format}, {ipc} images per class", *found.remarks):
-        click.echo(line, err=True)
+    changed = {label: options} if options else {}
+    for name in filter(None, beside):
+        # The decoder of the set decides that of the real images beside it.
+        decodes = "factor" in registry.find("distiller", name).cls.config_class.model_fields
+        if given["factor"] and decodes:
+            changed[name] = {"factor": given["factor"]}
     selected = ("datasets", "architectures", "attacks", "tracks", "seeds")
     selection = Selection(
         distillers=methods,
         ipc=[ipc],
-        options={label: options} if options else {},
+        options=changed,
         **{name: given[name] for name in selected},
     )
     settings = Settings(
@@ -101,8 +111,28 @@ def evaluate(path: Path, **given: Any) -> None:
         source=Source(given["data_root"]),
     )
     plan = make_plan(protocol, selection, registry)
+    for choice in {step.dataset.offer_name: step.dataset for step in plan.distillations()}.values():
+        data: Any = registry.build("dataset", choice.offer_name, choice.component.options)
+        _refuse_misfit(found, data.load(settings.source).spec, path)
+    size = f"{ipc} image{'s'[: ipc > 1]} per class"
+    for line in (f"{path}: {found.format}, {size}", *found.remarks):
+        click.echo(line, err=True)
     if status := run_and_report(plan, settings, registry):
         sys.exit(status)
+
+
+def _refuse_misfit(found: ForeignSet, spec: DatasetSpec, path: Path) -> None:
+    """Say before anything is computed that a set is not of this data set."""
+    channels, height, width = found.images.shape[1:]
+    if (channels, height, width) != spec.shape:
+        raise RddBenchError(
+            f"{path} has images of {height}x{width} with {channels} channel{'s'[: channels > 1]}; "
+            f"{spec.name} has {spec.shape[1]}x{spec.shape[2]} with {spec.shape[0]}"
+        )
+    labels = found.labels
+    classes = labels.shape[1] if labels.ndim == 2 else len(set(labels.tolist()))
+    if classes != spec.num_classes:
+        raise RddBenchError(f"{path} has {classes} classes; {spec.name} has {spec.num_classes}")
 
 
 def _importer(registry: Registry) -> str:
@@ -180,11 +210,12 @@ def attack(checkpoint: Path, **given: Any) -> None:
 
     import torch
 
-    from rdd_bench.checkpoint import judge, load_network, percent, worst_cases
+    from rdd_bench.checkpoint import Verdict, judge, load_network, percent, worst_cases
     from rdd_bench.data import load_splits, take_in_turn
     from rdd_bench.display import Display
     from rdd_bench.numerics import numerical_settings
     from rdd_bench.runner import resolve_device
+    from rdd_bench.store import Store
 
     device = torch.device(resolve_device(given["device"]))
     who = registry.find("dataset", given["dataset"]).who
@@ -193,8 +224,17 @@ def attack(checkpoint: Path, **given: Any) -> None:
     test = splits.test
     if given["limit"]:
         test = take_in_turn(test, given["limit"])
+
+    def write(verdicts: Sequence[Verdict]) -> None:
+        """Keep what there is, so that nothing finished is lost."""
+        target: Path | None = given["output"]
+        if target is not None:
+            content = {"test_sha256": splits.spec.test_sha256, "n": len(test)}
+            text = json.dumps({**content, "verdicts": [v.as_json() for v in verdicts]}, indent=1)
+            Store(target.parent).write_file(Path(target.name), text.encode())
+
     with Display(console(stderr=True), 1) as display, numerical_settings(threads=1):
-        verdicts = judge(model, test, attacks, threats, device, report=display.report)
+        verdicts = judge(model, test, attacks, threats, device, report=display.report, keep=write)
     rows = []
     for verdict in [*verdicts, *worst_cases(verdicts)]:
         low, high = verdict.interval()
@@ -210,15 +250,11 @@ def attack(checkpoint: Path, **given: Any) -> None:
             )
         )
     title = f"{checkpoint} on {len(test)} test images of {given['dataset']}, accuracy in %"
-    print_table(title, ["Attack", "Threat", "Right", "95 % interval", "Flags"], rows)
+    print_table(title, ["Attack", "Threat", "Right", "95 % interval", "Notes"], rows)
     if given["output"]:
-        from rdd_bench.store import Store
-
-        content = {"test_sha256": splits.spec.test_sha256, "n": len(test)}
-        text = json.dumps({**content, "verdicts": [v.as_json() for v in verdicts]}, indent=1)
-        target: Path = given["output"]
-        Store(target.parent).write_file(Path(target.name), text.encode())
-        click.echo(f"wrote {target}")
+        click.echo(f"wrote {given['output']}")
+    if any(verdict.failed for verdict in verdicts):
+        sys.exit(FAILED)
 
 
 @click.command()
@@ -302,6 +338,7 @@ def explain(run_folder: Path, cell: str, protocol: str | None) -> None:
         protocol_path,
         selection_of,
     )
+    from rdd_bench.records import QuarantineRecord
     from rdd_bench.store import read_records
 
     records, _ = read_records([run_folder])
@@ -317,8 +354,12 @@ def explain(run_folder: Path, cell: str, protocol: str | None) -> None:
     )
     click.echo(f"{found}\n  right of {attack.n} test images: {right}")
     click.echo(f"  distilled set {found.distill.set_sha256[:16]}, {found.distill.bytes:,} bytes")
-    for flag in attack.flags:
+    for flag in (*found.distill.flags, *found.train.flags, *attack.flags):
         click.echo(f"  flag {flag.name}: {flag.message}")
+    made_of = {record.address for record in (found.distill, found.train, attack)}
+    for record in records:
+        if isinstance(record, QuarantineRecord) and record.target in made_of:
+            click.echo(f"  in quarantine: {record.reason}")
     if step.address != attack.address:
         click.echo(
             "  made by other code than is installed now (or other seeds beside it): the number "

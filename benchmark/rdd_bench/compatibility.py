@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from rdd_bench.records import AttackRecord
 from rdd_bench.rows import Row, Threat, find_attack, is_control
 from rdd_bench.standings import Table
 
@@ -98,10 +99,18 @@ def _attack_seconds(row: Row, table: Table, label: str, threat: Threat) -> float
     total = 0.0
     for cell in (cell for name in table.architectures for cell in row.cells[name]):
         record = find_attack(cell, label, threat)
-        if record is None or "attack" not in record.seconds:
+        seconds = attack_seconds(record) if record else None
+        if seconds is None:
             return None
-        total += record.seconds["attack"]
+        total += seconds
     return total
+
+
+def attack_seconds(record: AttackRecord) -> float | None:
+    """Return the time of an attack with that of training its surrogates; None if not recorded."""
+    if "attack" not in record.seconds:
+        return None
+    return record.seconds["attack"] + record.seconds.get("surrogates", 0.0)
 
 
 def dd_ranking(row: Row, table: Table, tables: Sequence[Table]) -> Scores:

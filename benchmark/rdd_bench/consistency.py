@@ -22,7 +22,9 @@ WEAKER_THAN = "weaker-than"
 BLACK_BOX = "black-box"
 NOISE_CONTROL = "noise-control"
 STRENGTH_TOLERANCE = 0.01
-"""Another seed of AutoAttack moves up to 0.8 % of the images, so a point is no bug."""
+"""Another seed of AutoAttack moves up to 0.8 % of the images, so a point is no bug,"""
+FEW = 2
+"""and neither are two images where a point is less."""
 NOISE_SHARE = 0.5
 """Of what the gradients of a network break, the share that noise of the same size may break. It
 moves a linear score by about the square root of the number of pixels less."""
@@ -80,7 +82,7 @@ def check_strength(strong: Evidence, others: Sequence[Evidence]) -> list[Flag]:
     flags = []
     for weak in others:
         gap = strong.right - weak.right
-        if weak.name in strong.stronger_than and _clearly(gap):
+        if weak.name in strong.stronger_than and _clearly(gap, strong):
             message = (
                 f"{strong.label} leaves {100 * gap:.1f} points more than "
                 f"{weak.label}, which it should never lose to: a bug or masked gradients"
@@ -95,7 +97,7 @@ def check_black_box(mine: Evidence, others: Sequence[Evidence]) -> list[Flag]:
     if mine.access != "black" or not informed:
         return []
     gap = _right(worst_case(informed)) - mine.right
-    if not _clearly(gap):
+    if not _clearly(gap, mine):
         return []
     message = (
         f"{mine.label}, which sees no gradients, leaves {100 * gap:.1f} points less than all "
@@ -119,7 +121,7 @@ def check_noise(
     before, attacked = _right(clean), _right(worst_case(informed))
     by_noise, by_attacks = before - mine.right, before - attacked
     share = by_noise / by_attacks if by_attacks else np.inf
-    if not (_clearly(by_noise) and _clearly(attacked) and share > NOISE_SHARE):
+    if not (_clearly(by_noise, mine) and _clearly(attacked, mine) and share > NOISE_SHARE):
         return []
     message = (
         f"{mine.label} breaks {100 * by_noise:.1f} points, where all attacks that see gradients "
@@ -137,5 +139,5 @@ def _right(outcomes: Sequence[Outcomes]) -> float:
     return float(np.mean(outcomes))
 
 
-def _clearly(points: float) -> bool:
-    return points > STRENGTH_TOLERANCE + 1e-9
+def _clearly(points: float, on: Evidence) -> bool:
+    return points > max(STRENGTH_TOLERANCE, FEW / len(on.outcomes[0])) + 1e-9

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,8 @@ def read_pickle(path: Path) -> Any:
     """
     _check_size(path)
     try:
-        with torch.serialization.safe_globals(_numbers_of_numpy()):
+        with torch.serialization.safe_globals(_numbers_of_numpy()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one sentence is said below, or nothing is wrong
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # noqa: BLE001 - a damaged file makes the reader raise anything
         wants_code = re.search("unsupported (global|class)", str(error), re.IGNORECASE)
@@ -311,6 +313,11 @@ def _only_file_in(path: Path) -> Path:
         more = f" and {len(sets) - 8} more" if len(sets) > 8 else ""
         raise RddBenchError(
             f"{path} holds {len(sets)} sets: {', '.join(sets[:8])}{more}; name one of them"
+        )
+    pool = sorted(folder.name for folder in path.iterdir() if any(folder.glob("*.pt")))
+    if pool:
+        raise RddBenchError(
+            f"{path} holds folders of sets: {', '.join(pool[:8])}; name one of them"
         )
     raise RddBenchError(
         f"{path} holds no pictures; expected one folder a class with .png files in it"

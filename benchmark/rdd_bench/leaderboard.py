@@ -109,7 +109,8 @@ def _table_section(table: Table, results: Results, *, charts: bool) -> Iterable[
     for threat in table.ranked:
         attacks = table.attacks(threat)
         standings = table.standings(threat)
-        yield f"**Ranked: {threat_text(threat)}**"
+        over = ", ".join(table.ranking_attacks(threat)) or "nothing yet"
+        yield f"**Ranked: {threat_text(threat)}**, by the worst case over {over}"
         if charts and standings:
             about = "clean against worst-case accuracy, and random real images of several sizes"
             yield f"![{_title(table, threat)}: {about}]({_chart_path(table, threat)})"

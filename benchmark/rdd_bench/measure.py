@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+TOTAL = "total"
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -20,19 +21,22 @@ class Meter:
     """Seconds by phase and the peak of memory, on one device.
 
     ``seconds["total"]`` is wall-clock time with the device synchronised at both ends; the phases
-    of a plugin only divide it. Peak memory is what torch allocated on a GPU, and the resident
-    set of the process on a CPU (where Linux tells it; None elsewhere).
+    of a plugin only divide it, and one inside another is booked under its own name alone. Peak
+    memory is what torch allocated on a GPU, and the resident set of the process on a CPU (where
+    Linux tells it; None elsewhere).
     """
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int | None = None
+    _nested: list[float] = field(default_factory=list)
+    """For each phase that is running, the seconds of those inside it."""
 
     @contextmanager
     def total(self) -> Iterator[None]:
         """Measure everything inside as the whole call."""
         self._reset_peak()
-        with self.phase("total"):
+        with self.phase(TOTAL):
             yield
         self.peak_bytes = self._read_peak()
 
@@ -41,12 +45,17 @@ class Meter:
         """Add the time spent inside to the phase of this name."""
         self._synchronise()
         start = time.perf_counter()
+        self._nested.append(0.0)
         try:
             yield
         finally:
             self._synchronise()
             elapsed = time.perf_counter() - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+            inside = self._nested.pop()
+            if self._nested:
+                self._nested[-1] += elapsed
+            own = elapsed if name == TOTAL else elapsed - inside
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rdd_bench.errors import RddBenchError
+
 if TYPE_CHECKING:
     from rdd_bench.types import DatasetSpec, Whitening
 
@@ -74,7 +76,15 @@ class Classifier(nn.Module):
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Return the predicted classes, (n,) on the device of the images."""
+    """Return the predicted classes, (n,) on the device of the images.
+
+    Raises:
+        RddBenchError: If an answer is no number, of which there is no largest.
+    """
     if not len(images):
         return torch.empty(0, dtype=torch.long, device=images.device)
-    return torch.cat([model(part).argmax(dim=1) for part in torch.split(images, batch_size)])
+    logits = torch.cat([model(part) for part in torch.split(images, batch_size)])
+    lost = int((~torch.isfinite(logits)).any(dim=1).sum())
+    if lost:
+        raise RddBenchError(f"the network answers {lost} of {len(images)} images with NaN or inf")
+    return logits.argmax(dim=1)

@@ -140,6 +140,9 @@ class Plan:
     protocol: Protocol
     steps: tuple[Step, ...]
 
+    def distillations(self) -> list[DistillStep]:
+        return [step for step in self.steps if isinstance(step, DistillStep)]
+
     def of(self, kind: type[Step]) -> list[Step]:
         return [step for step in self.steps if isinstance(step, kind)]
 

@@ -51,7 +51,7 @@ class Probe:
         It runs with the plugin's smoke options: the control is about the pixels it hands over, not
         about its strength, and AutoAttack is slowest where nothing breaks.
         """
-        few = right.subset(torch.arange(min(NULL_IMAGES, len(right))))
+        few = spread(right, NULL_IMAGES)
         nothing = Threat(self.threat.norm, 0.0)
         seed = draws_of(self.attack, nothing, 0)
         candidates = self._again(few, nothing, self.attack.smoke, seed)
@@ -79,7 +79,7 @@ class Probe:
                 f"{self.who}: effort names '{effort}', which is {length!r}; expected an option "
                 "that is a whole number"
             )
-        few = _spread(left)
+        few = spread(left, IMAGES)
         seed = draws_of(self.attack, self.threat, self.seed, audit.MORE_STEPS)
         again = self._right_after(few, self.threat, {}, seed)
         longer = self._right_after(few, self.threat, {effort: 2 * length}, seed)
@@ -93,7 +93,7 @@ class Probe:
             return []
         norm = self.threat.norm
         eps = 0.5 if norm == "linf" else 0.5 * math.sqrt(right.images[0].numel())
-        few = _spread(right)
+        few = spread(right, IMAGES)
         seed = draws_of(self.attack, self.threat, self.seed, audit.LARGE_BUDGET)
         stayed = self._right_after(few, Threat(norm, eps), {}, seed)
         return audit.check_large_budget(self.attack.name, few.labels, stayed)
@@ -129,7 +129,7 @@ def draws_of(attack: Attack[Any], threat: Threat, seed: int, *what: str) -> int:
     return derive("attack", attack.name, threat.norm, threat.eps, seed, *what)
 
 
-def _spread(part: LabelledImages) -> LabelledImages:
+def spread(part: LabelledImages, most: int) -> LabelledImages:
     """Return a few images, evenly from the whole: test images may be sorted by class."""
-    count = min(IMAGES, len(part))
+    count = min(most, len(part))
     return part.subset(torch.arange(count) * len(part) // count)

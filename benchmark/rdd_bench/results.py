@@ -213,6 +213,7 @@ def results_frame(records: Sequence[AnyRecord]) -> pd.DataFrame:
                         if attack
                         else 0.0,
                         "flags": ", ".join(flag.name for flag in judged.flags),
+                        "quarantined": "; ".join(cell.quarantined),
                         "device": results.environments.get(judged.environment, {}).get("device"),
                         "distiller_version": cell.distill.distiller.version,
                     }

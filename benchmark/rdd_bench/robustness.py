@@ -22,7 +22,7 @@ from rdd_bench.components import Attack, Run
 from rdd_bench.measure import PassCounter
 from rdd_bench.networks import predict
 from rdd_bench.pictures import PER_CLASS, Examples
-from rdd_bench.probes import Probe, draws_of
+from rdd_bench.probes import Probe, draws_of, spread
 from rdd_bench.records import Flag
 from rdd_bench.seeding import seeded
 from rdd_bench.threats import project
@@ -32,6 +32,8 @@ PERTURB = "attack"
 """The phase of a run that is the attack itself."""
 AUDIT = "audit"
 """The phase of the probes around it."""
+SURROGATES = "surrogates"
+"""The phase in which an attack has networks of its own trained."""
 GRADIENT_IMAGES = 256
 """Right test images whose gradients are looked at."""
 
@@ -74,7 +76,7 @@ def audit_networks(
     """
     flags: list[Flag] = []
     for model, outcome in zip(models, clean, strict=True):
-        few = test.subset(outcome.nonzero().flatten()[:GRADIENT_IMAGES])
+        few = spread(test.subset(outcome), GRADIENT_IMAGES)
         flags += audit.check_gradients(model, few.images, few.labels, batch_size)
         if learnt is not None:
             flags += audit.check_eight_bit(model, learnt.to(test.images.device), batch_size)

@@ -66,15 +66,18 @@ class Table:
         """Return the attacks whose worst case ranks the table.
 
         Those that the protocol names, and every other one that all rows with these have: an
-        attack that was tried on some rows is a column, and takes no row out of the ranking.
+        attack that was tried on some rows is a column, and takes no row out of the ranking. Noise
+        and what else needs nothing of the network is a control and ranks nothing.
         """
-        standard = {
-            record.attack.label
+        records = [
+            record
             for cell in self.all_cells()
             for record in cell.attacks
-            if record.standard and (record.norm, record.eps) == threat
-        }
-        attacks = self.attacks(threat)
+            if (record.norm, record.eps) == threat and record.access != "none"
+        ]
+        standard = {record.attack.label for record in records if record.standard}
+        real = {record.attack.label for record in records}
+        attacks = [label for label in self.attacks(threat) if label in real]
         named = [label for label in attacks if label in standard]
         rows = [
             row

@@ -238,10 +238,12 @@ class Worker:
         models = artifacts.networks_from_bytes(self.store.read_file(path), fresh, str(path))
         models = [model.to(self.device) for model in models]
         test = self._on_device(splits.test)
-        meter = Meter(self.device)
+        meter, training = Meter(self.device), PassCounter()
         run = dataclasses.replace(
             self._run(scratch, report, meter, train.batch_size),
-            surrogates=partial(self._surrogates, train, architecture, splits.spec, report),
+            surrogates=partial(
+                self._surrogates, train, architecture, splits.spec, meter, training, report
+            ),
         )
         # Of the last networks only: an attack is run under all its budgets one after the other.
         about = (train.address, digest(step.attack.key()))
@@ -265,8 +267,8 @@ class Worker:
             **outcome_facts(judged.robust, splits),
             seconds={"attack": 0.0, **meter.seconds},
             peak_bytes=meter.peak_bytes,
-            forward=judged.passes.forward,
-            backward=judged.passes.backward,
+            forward=judged.passes.forward + training.forward,
+            backward=judged.passes.backward + training.backward,
             flags=judged.flags,
             provenance=attack.provenance(),
             messages=judged.messages,
@@ -297,6 +299,8 @@ class Worker:
         step: TrainStep,
         architecture: Architecture[Any],
         spec: DatasetSpec,
+        meter: Meter,
+        passes: PassCounter,
         report: Report,
         count: int,
     ) -> list[Classifier]:
@@ -310,9 +314,13 @@ class Worker:
         seeds = [derive("surrogate", number) for number in range(len(known), count)]
         if seeds:
             distilled, recipe = self._distilled(step)
-            known += fit(
-                distilled, recipe, architecture, spec, seeds, device=self.device, report=report
-            ).models
+            with meter.phase(robustness.SURROGATES):
+                trained = fit(
+                    distilled, recipe, architecture, spec, seeds, device=self.device, report=report
+                )
+            known += trained.models
+            passes.forward += trained.passes.forward
+            passes.backward += trained.passes.backward
         return known[:count]
 
     def _component(self, choice: Choice, kind: type[Any]) -> Any:

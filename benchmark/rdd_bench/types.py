@@ -101,7 +101,7 @@ class Splits:
 def format_eps(eps: float) -> str:
     """Return a budget the way papers write it: '8/255' where that is what it is, else '0.1'."""
     levels = eps * 255
-    if eps and abs(levels - round(levels)) < 1e-6:
+    if 0 < eps < 1 and abs(levels - round(levels)) < 1e-6:
         return f"{round(levels)}/255"
     return f"{eps:.4g}"
 

@@ -88,21 +88,23 @@ def test_several_images_in_one_count_as_many(cli, protocol, out, foreign, record
 @pytest.mark.parametrize(
     ("images", "labels", "says"),
     [
-        (torch.rand(20, 1, 9, 9), torch.arange(20) % 10, "has images of 9x9 and 1 channel; digits"),
-        (torch.rand(20, 3, 8, 8), torch.arange(20) % 10, "has images of 8x8 and 3 channels"),
-        (torch.rand(20, 1, 8, 8), torch.arange(20) % 20, "expected 0..9"),
+        ((1, 9, 9), torch.arange(20) % 10, "has images of 9x9 with 1 channel; digits has 8x8"),
+        ((3, 8, 8), torch.arange(20) % 10, "has images of 8x8 with 3 channels; digits has 8x8"),
+        ((1, 8, 8), torch.arange(20) % 5, "has 5 classes; digits has 10"),
+        ((1, 8, 8), torch.arange(20) % 10 + 5, "has 0 images of class 0"),
     ],
 )
-def test_a_set_for_other_data_is_refused(
-    cli, protocol, out, tmp_path, records_of, images, labels, says
+def test_a_set_for_other_data_is_refused_before_anything_runs(
+    cli, protocol, out, tmp_path, images, labels, says
 ):
+    images = torch.rand(20, *images)
     torch.save([images, labels], tmp_path / "set.pt")
     answer = cli(
         "evaluate", tmp_path / "set.pt", "--protocol", protocol, "--out", out, "--attacks",
         "fgsm", "--device", "cpu", "--workers", 1,
     )  # fmt: skip
-    assert answer.code == 1
-    assert says in answer.err
+    assert says in answer.mistake
+    assert not out.exists()
 
 
 def test_an_unbalanced_set_is_refused_before_anything_runs(cli, protocol, out, tmp_path):
@@ -296,6 +298,24 @@ def test_only_some_images_are_attacked_on_request(cli, trained, tmp_path):
     torch.save(trained, tmp_path / "net.pt")
     answer = attack(cli, tmp_path / "net.pt", "--limit", 30)
     assert "on 30 test images" in answer.out
+
+
+def test_an_attack_that_fails_does_not_lose_the_others(cli, install, trained, tmp_path):
+    install(
+        "faulty", "import torch" + LAZY.replace("return images\n", "raise MemoryError('much')\n")
+    )
+    torch.save(trained, tmp_path / "net.pt")
+    target = tmp_path / "verdict.json"
+    answer = cli(
+        "attack", tmp_path / "net.pt", "--architecture", "convnet", "--dataset", "digits",
+        "--attacks", "lazy,fgsm", "--eps", "16/255", "--limit", 20, "--set", "convnet.depth=1",
+        "--set", "convnet.width=4", "--device", "cpu", "--output", target,
+    )  # fmt: skip
+    assert answer.code == 1
+    assert "attack 'lazy' raised MemoryError: much" in " ".join(answer.out.split())
+    clean, lazy, fgsm = json.loads(target.read_text())["verdicts"]
+    assert lazy["error"] == "attack 'lazy' raised MemoryError: much"
+    assert fgsm["n"] == clean["n"] == 20
 
 
 def test_a_verdict_says_with_what_it_was_made(cli, trained, tmp_path):

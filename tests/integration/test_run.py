@@ -68,7 +68,8 @@ def test_a_dry_run_computes_and_writes_nothing(tiny, out):
 
 def written(folder: Path) -> dict[Path, int]:
     """When each result of a run folder was written."""
-    results = [path for path in folder.glob("*/*") if not path.name.startswith("environment-")]
+    rendered = ("environment-", "tiny-v1-digits")  # charts are drawn anew as the table is
+    results = [path for path in folder.glob("*/*") if not path.name.startswith(rendered)]
     return {path: path.stat().st_mtime_ns for path in results}
 
 

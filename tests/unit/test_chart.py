@@ -75,6 +75,17 @@ def test_the_control_is_a_line_through_its_sizes(table):
     assert points[0][0] < points[1][0]
 
 
+def test_many_rows_with_long_names_fit(book):
+    for number in range(24):
+        book.cell(f"mfc-partial changed=eps={number:02}", [bits(30)], [bits(10)])
+    (table,) = make_tables(join(book.records))
+    picture = drawn(table)
+    lowest = max(float(text.get("y", 0)) for text in picture.iter(f"{SVG}text"))
+    assert lowest < float(picture.get("height", 0))
+    labels = {text.text for text in picture.iter(f"{SVG}text") if "…" in (text.text or "")}
+    assert len(labels) == 24  # cut, and still told apart
+
+
 def test_a_table_without_a_ranking_has_no_chart(book):
     book.train(book.distill("dm"), [bits(40)])
     (table,) = make_tables(join(book.records))

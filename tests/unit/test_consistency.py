@@ -145,14 +145,26 @@ def test_an_order_as_it_should_be_is_never_flagged(counts):
 
 
 def test_records_are_compared_under_their_own_threat(book):
-    train = book.train(book.distill("dm"), ["1111111111"])
-    book.attack(train, ["1111110000"], "pgd")
-    book.attack(train, ["1111000000"], "square", access="black")
-    book.attack(train, ["0000000000"], "square", access="black", eps=0.2)  # no white box there
-    book.attack(train, ["1110000000"], "noise", access="none")
+    train = book.train(book.distill("dm"), ["1111111111" * 3])
+    book.attack(train, ["1111110000" * 3], "pgd")
+    book.attack(train, ["1111000000" * 3], "square", access="black")
+    book.attack(train, ["0000000000" * 3], "square", access="black", eps=0.2)  # no white box there
+    book.attack(train, ["1110000000" * 3], "noise", access="none")
     (row,) = make_tables(join(book.records))[0].rows
     found = {(attack and attack.attack.label, flag.name) for _, attack, flag in row_flags(row)}
     assert found == {("square", "black-box"), ("noise", "noise-control")}
+
+
+def test_two_images_are_no_proof_where_there_are_few(book):
+    train = book.train(book.distill("dm"), ["1" * 60])
+    book.attack(train, ["1" * 30 + "0" * 30], "pgd")
+    for left, flagged in ((32, False), (33, True)):
+        strong = book.attack(
+            train, ["1" * left + "0" * (60 - left)], "autoattack", stronger_than=["pgd"]
+        )
+        (row,) = make_tables(join(book.records))[0].rows
+        assert bool(row_flags(row)) is flagged
+        book.records.remove(strong)
 
 
 def test_a_record_says_who_it_is(book):

@@ -97,6 +97,17 @@ def test_phases_add_up_and_divide_the_total():
     assert meter.seconds["matching"] < meter.seconds["experts"]
 
 
+def test_a_phase_inside_another_is_booked_once():
+    meter = Meter(torch.device("cpu"))
+    with meter.total(), meter.phase("attack"):
+        time.sleep(0.02)
+        with meter.phase("surrogates"):
+            time.sleep(0.05)
+    assert 0.015 < meter.seconds["attack"] < 0.045
+    assert meter.seconds["surrogates"] > 0.045
+    assert meter.seconds["total"] >= meter.seconds["attack"] + meter.seconds["surrogates"] - 1e-6
+
+
 def test_a_phase_that_raises_is_measured_too():
     meter = Meter(CPU)
     with pytest.raises(KeyError), meter.phase("experts"):

@@ -79,6 +79,17 @@ def test_a_row_in_quarantine_is_shown_and_not_ranked(book):
     assert standings[-1].row.quarantined() == ["a bug"]
 
 
+def test_noise_is_a_column_and_ranks_nothing(book):
+    train = book.train(book.distill("dm"), [first("40")])
+    book.attack(train, [first("30")], "noise", access="none", standard=True)
+    assert only(book.records).standings(LINF) == []
+    book.attack(train, [first("35")], "pgd", standard=True)
+    (standing,) = only(book.records).standings(LINF)
+    assert only(book.records).ranking_attacks(LINF) == ["pgd"]
+    assert standing.worst.mean == 35 / 40
+    assert standing.by_attack["noise"].mean == 30 / 40
+
+
 def test_nothing_is_compared_with_a_control_in_quarantine(book):
     book.cell("dm", [first("40")], [first("20")])
     attack = book.cell("random", [first("40")], [first("10")], control=True)

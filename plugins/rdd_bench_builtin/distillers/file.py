@@ -171,8 +171,10 @@ def _in_order_of(labels: Tensor, names: tuple[str, ...], task: DistillTask) -> T
     """
     known = task.spec.class_names
     unknown = sorted(set(names) - set(known))
-    if not names or (unknown and all(name.isdigit() for name in names)):
+    if not names:
         return labels
+    if unknown and all(name.isdigit() for name in names):
+        return torch.tensor([int(name) for name in names])[labels]
     if unknown:
         raise RddBenchError(
             f"the folders {', '.join(unknown[:3])} are no classes of {task.spec.name}; call them "
