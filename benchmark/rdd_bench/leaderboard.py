@@ -182,8 +182,9 @@ def _flag_sentences(tables: Sequence[Table]) -> Iterable[str]:
         # The control at other sizes decides gains of this table.
         for row in (*table.all_rows(), *table.controls):
             for cell, attack, flag in row_flags(row):
-                where = f"{row.label}, IPC {cell.distill.ipc or 'all'}, {cell.train.track}, "
-                where += cell.train.architecture.label
+                where = f"{row.label}, IPC {cell.distill.ipc or 'all'}"
+                if flag not in cell.distill.flags:  # those are about the set alone
+                    where += f", {cell.train.track}, {cell.train.architecture.label}"
                 if attack:
                     where += f", {attack.attack.label} {threat_text((attack.norm, attack.eps))}"
                 line = f"**{flag.name}** ({where}): {flag.message}"
