@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rdd_bench import robustness
+from rdd_bench import artifacts, robustness
 from rdd_bench.components import Architecture, Attack, Run
 from rdd_bench.consistency import Evidence, contradictions
 from rdd_bench.errors import NotApplicable, RddBenchError
-from rdd_bench.foreign import read_pickle
+from rdd_bench.foreign import read_weights
 from rdd_bench.metrics import binomial_interval
 from rdd_bench.networks import Classifier, Normalise
 from rdd_bench.outcomes import pack
@@ -84,7 +84,8 @@ def load_network(
     """Return the network of a ``state_dict`` behind the normalisation it was trained with.
 
     Args:
-        path: File of ``torch.save``; nothing in it is executed.
+        path: File of ``torch.save`` or a safetensors file; nothing in it is executed. Of a run's
+            networks, which bring their normalisation along, it is that of the first seed.
         architecture: What the weights are for.
         spec: The data set; its mean and deviation serve where none are given.
         mean: What was subtracted, per channel.
@@ -93,9 +94,14 @@ def load_network(
     Raises:
         RddBenchError: If the file holds no weights, or those of another architecture.
     """
-    state = _state_in(read_pickle(path), path)
     with seeded(0):
         network = architecture.build(spec)
+    if _is_of_a_run(path):
+        if mean is not None or std is not None:
+            raise RddBenchError(f"{path} says how it normalises; leave --mean and --std out")
+        fresh = Classifier(Normalise(spec), network)
+        return artifacts.networks_from_bytes(path.read_bytes(), [fresh], str(path))[0]
+    state = _state_in(read_weights(path), path)
     wanted = network.state_dict()
     state = _without_prefix(state, set(wanted))
     problems = _misfits(state, wanted)
@@ -121,6 +127,13 @@ def load_network(
                 raise RddBenchError(f"--std has {min(values):g}; expected numbers above 0")
             getattr(preprocess, name).copy_(torch.tensor(values).view(-1, 1, 1))
     return Classifier(preprocess, network).eval().requires_grad_(requires_grad=False)
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a file holds the networks of all seeds, as run folders do."""
+    if path.suffix != ".safetensors":
+        return False
+    return any(name.startswith("preprocess/") for name in read_weights(path))
 
 
 def _state_in(content: Any, path: Path) -> Mapping[str, Tensor]:

@@ -179,7 +179,7 @@ def _images_per_class(labels: Any, file: Path) -> int:
 @DEVICE
 @DATA_ROOT
 def attack(checkpoint: Path, **given: Any) -> None:
-    r"""Attack a trained network, given its state_dict.
+    r"""Attack a trained network, given its state_dict, or one of a run folder.
 
     The network sees pixels of [0, 1] through the normalisation it was trained with: the data
     set's, or --mean and --std. Every attack is checked and audited as in a run. Nothing in the

@@ -98,6 +98,19 @@ def read_set(path: Path, repetition: int = 0) -> ForeignSet:
     return ForeignSet(images, labels, kind, _looks_normalised(images), remarks, selected_on)
 
 
+def read_weights(path: Path) -> Any:
+    """Return what a file of torch.save or a safetensors file holds; see ``read_pickle``."""
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(_bytes_of(path))
+    except SafetensorError as error:
+        raise RddBenchError(f"{path} is truncated or no safetensors file ({error})") from None
+
+
 def read_pickle(path: Path) -> Any:
     """Return what ``torch.save`` stored, on the CPU, without running code.
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from rdd_bench.artifacts import networks_from_bytes, set_from_bytes
 from rdd_bench.components import Architecture, Dataset, Source
@@ -292,6 +293,18 @@ def test_a_network_is_judged_as_in_a_run(cli, trained, out, records_of, tmp_path
     places = [int((whole == image).flatten(1).all(1).nonzero()[0]) for image in splits.test.images]
     mine = unpack(verdicts["fgsm", 16 / 255]["outcomes"], 500)[places]
     assert mine.tolist() == recorded.bitmaps()[0].tolist()
+
+
+def test_networks_of_a_run_and_safetensors_are_read_too(cli, trained, out, tmp_path):
+    torch.save(trained, tmp_path / "net.pt")
+    expected = attack(cli, tmp_path / "net.pt").out.partition(" on ")[2]
+    save_file(trained, tmp_path / "net.safetensors")
+    (of_run,) = (out / "networks").glob("*.safetensors")
+    for path in (tmp_path / "net.safetensors", of_run):
+        assert attack(cli, path).out.partition(" on ")[2].split() == expected.split()
+    assert "leave --mean and --std out" in attack(cli, of_run, "--mean", "0.3").mistake
+    (tmp_path / "net.safetensors").write_bytes(of_run.read_bytes()[:-9])
+    assert "truncated or no safetensors file" in attack(cli, tmp_path / "net.safetensors").mistake
 
 
 def test_only_some_images_are_attacked_on_request(cli, trained, tmp_path):
