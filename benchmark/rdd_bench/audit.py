@@ -251,10 +251,15 @@ def check_eight_bit(model: nn.Module, images: Tensor, batch_size: int) -> list[F
     return [Flag(name=EIGHT_BIT, message=message, value=changed)]
 
 
+def fraction_out_of_range(images: Tensor) -> float:
+    """Return the fraction of pixels over half a grey level outside [0, 1]."""
+    outside = (images < -HALF_LEVEL) | (images > 1 + HALF_LEVEL)
+    return outside.float().mean().item()
+
+
 def check_out_of_range(images: Tensor) -> list[Flag]:
     """Hardly any of a set's pixels lie outside [0, 1] by more than rounding to 8 bits hides."""
-    outside = (images < -HALF_LEVEL) | (images > 1 + HALF_LEVEL)
-    fraction = outside.float().mean().item()
+    fraction = fraction_out_of_range(images)
     if fraction <= MOVED_PIXELS:
         return []
     message = (

@@ -73,7 +73,7 @@ def evaluate(path: Path, **given: Any) -> None:
     """
     from rdd_bench.components import Source
     from rdd_bench.foreign import read_set
-    from rdd_bench.plan import Selection, make_plan
+    from rdd_bench.plan import DistillStep, Selection, make_plan
     from rdd_bench.protocol import load_protocol
     from rdd_bench.runner import Settings, default_out
     from rdd_bench.session import run_and_report
@@ -111,7 +111,7 @@ def evaluate(path: Path, **given: Any) -> None:
         source=Source(given["data_root"]),
     )
     plan = make_plan(protocol, selection, registry)
-    for choice in {step.dataset.offer_name: step.dataset for step in plan.distillations()}.values():
+    for choice in {step.dataset.offer_name: step.dataset for step in plan.of(DistillStep)}.values():
         data: Any = registry.build("dataset", choice.offer_name, choice.component.options)
         _refuse_misfit(found, data.load(settings.source).spec, path)
     size = f"{ipc} image{'s'[: ipc > 1]} per class"

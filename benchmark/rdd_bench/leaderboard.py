@@ -106,9 +106,9 @@ def _title(table: Table, threat: Threat) -> str:
 def _table_section(table: Table, results: Results, *, charts: bool) -> Iterable[str]:
     yield f"## {heading(table)}"
     yield _heading_facts(table, results)
-    for threat in table.ranked:
+    standings_under = {threat: table.standings(threat) for threat in table.ranked}
+    for threat, standings in standings_under.items():
         attacks = table.attacks(threat)
-        standings = table.standings(threat)
         over = ", ".join(table.ranking_attacks(threat)) or "nothing yet"
         yield f"**Ranked: {threat_text(threat)}**, by the worst case over {over}"
         if charts and standings:
@@ -125,8 +125,7 @@ def _table_section(table: Table, results: Results, *, charts: bool) -> Iterable[
         yield markdown([architecture_row(row, table) for row in table.all_rows()])
         yield "By attack and budget, averaged over architectures, %"
         yield markdown(list(curve_rows(table)))
-        for threat in table.ranked:
-            standings = table.standings(threat)
+        for threat, standings in standings_under.items():
             yield _SPREAD.format(threat=threat_text(threat)) if standings else ""
             yield markdown([spread_row(s, table, threat) for s in standings])
         distances = distance_rows(table)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from rdd_bench.artifacts import set_hash
-from rdd_bench.audit import HALF_LEVEL
+from rdd_bench.audit import fraction_out_of_range
 from rdd_bench.foreign import ForeignSet, read_set
 from rdd_bench.pictures import in_eight_bits
 from rdd_bench.types import DistilledSet
@@ -65,8 +65,7 @@ def _pixels(found: ForeignSet, made: DistilledSet) -> list[Fact]:
     if found.normalised:
         space = "probably normalised, so to be undone on import"
         return [("pixel range", f"[{low:.3g}, {high:.3g}]", space)]
-    beyond = (images < -HALF_LEVEL) | (images > 1 + HALF_LEVEL)
-    outside = beyond.float().mean().item()
+    outside = fraction_out_of_range(images)
     clipped = images.clamp(0, 1)
     cut = (images - clipped).abs()
     moved = (images - in_eight_bits(images)).abs()

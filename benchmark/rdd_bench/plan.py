@@ -124,6 +124,7 @@ class AttackStep:
 
 
 Step = DistillStep | TrainStep | AttackStep
+StepT = TypeVar("StepT", DistillStep, TrainStep, AttackStep)
 
 
 def parent(step: Step) -> Step | None:
@@ -140,10 +141,7 @@ class Plan:
     protocol: Protocol
     steps: tuple[Step, ...]
 
-    def distillations(self) -> list[DistillStep]:
-        return [step for step in self.steps if isinstance(step, DistillStep)]
-
-    def of(self, kind: type[Step]) -> list[Step]:
+    def of(self, kind: type[StepT]) -> list[StepT]:
         return [step for step in self.steps if isinstance(step, kind)]
 
 

@@ -112,8 +112,10 @@ class Table:
         references = [s for s in standings if s.row.role == "reference"]
         others = [s for s in standings if s.row.role != "reference"]
         others.sort(key=lambda s: (-s.worst.mean, s.row.label))
-        ranked = [s for s in others if may_be_ranked(s.row)]
-        unranked = [s for s in others if not may_be_ranked(s.row)]
+        ranked: list[Standing] = []
+        unranked: list[Standing] = []
+        for standing in others:
+            (ranked if may_be_ranked(standing.row) else unranked).append(standing)
         intervals = rank_intervals([s.worst for s in ranked])
         ranked = [
             replace(standing, rank=interval)

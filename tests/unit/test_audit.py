@@ -7,7 +7,6 @@ is wrong clean is never handed to an attack and counts as lost, so no record can
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from rdd_bench.pictures import in_eight_bits
 from rdd_bench.records import Flag
 from rdd_bench.robustness import attack_models, audit_networks, clean_outcomes
 from rdd_bench.step_records import set_facts
+from rdd_bench.testing import small_run
 from rdd_bench.threats import ascend, project
 from rdd_bench.types import Config, DatasetSpec, DistilledSet, Info, LabelledImages, Norm, Threat
 
@@ -33,13 +33,7 @@ SPEC = DatasetSpec(
     name="toy", shape=(1, 4, 4), class_names=("dark", "light"), mean=(0.4,), std=(0.25,)
 )
 LINF = Threat("linf", 0.1)
-RUN = Run(
-    device=torch.device("cpu"),
-    scratch=Path(),
-    phase=lambda _: nullcontext(),
-    report=lambda *_: None,
-    batch_size=16,
-)
+RUN = small_run(Path())
 
 
 # A small world --------------------------------------------------------------------------------

@@ -356,6 +356,6 @@ def test_a_built_in_spelt_out_keeps_the_options_of_the_protocol(clash):
     (options,) = {
         step.distiller.component.options["iterations"]
         for step in plan.of(DistillStep)
-        if isinstance(step, DistillStep) and step.role == "method"
+        if step.role == "method"
     }
     assert options == protocol.options["dm"]["iterations"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from rdd_bench.consistency import NON_DETERMINISTIC
 from rdd_bench.errors import ContractError, RddBenchError
 from rdd_bench.networks import Classifier, Normalise
 from rdd_bench.robustness import Judgement, attack_models, clean_outcomes
+from rdd_bench.testing import small_run
 from rdd_bench.threats import ascend, distance, project, random_start
 from rdd_bench.types import Config, DatasetSpec, Info, LabelledImages, Norm, Threat
 
@@ -25,13 +26,7 @@ SPEC = DatasetSpec(
     name="toy", shape=(1, 4, 4), class_names=("dark", "light"), mean=(0.4,), std=(0.25,)
 )
 LINF = Threat("linf", 0.1)
-RUN = Run(
-    device=torch.device("cpu"),
-    scratch=Path(),
-    phase=lambda _: nullcontext(),
-    report=lambda *_: None,
-    batch_size=16,
-)
+RUN = small_run(Path())
 Behaviour = Callable[[nn.Module, Tensor, Tensor, Threat], Any]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from rdd_bench.records import Flag, QuarantineRecord
 from rdd_bench.registry import load_plugins
 from rdd_bench.results import join
 from rdd_bench.standings import make_tables
+from rdd_bench.testing import small_run
 from rdd_bench.threats import project
 from rdd_bench.training import fit
 from rdd_bench.types import (
@@ -48,13 +48,7 @@ SPEC = DatasetSpec(
     name="toy", shape=(1, 4, 4), class_names=("dark", "light"), mean=(0.4,), std=(0.25,)
 )
 LINF = Threat("linf", 0.1)
-RUN = Run(
-    device=torch.device("cpu"),
-    scratch=Path(),
-    phase=lambda _: nullcontext(),
-    report=lambda *_: None,
-    batch_size=16,
-)
+RUN = small_run(Path())
 
 
 class Light(nn.Module):
