@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -31,6 +32,16 @@ from rdd_bench.records import (
 from rdd_bench.records import Component as ComponentRecord
 from rdd_bench.registry import Offer, Registry
 from rdd_bench.types import Config, DatasetSpec, DistilledSet, Info, Norm, Splits, Threat
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Small networks are fastest on one thread, and sums have one order on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 # Result records -------------------------------------------------------------------------------
 

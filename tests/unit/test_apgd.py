@@ -24,14 +24,6 @@ BUDGETS = {"linf": 0.1, "l2": 0.6}
 MANY = 500
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Silent:
     def warning(self, text: str) -> None: ...
 

@@ -59,14 +59,6 @@ SUITE: dict[Any, Any] = {
 UNBOUNDED = Threat("l2", 1e6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def run(tmp_path):
     return make_run(tmp_path)

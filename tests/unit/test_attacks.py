@@ -51,14 +51,6 @@ CASES = [(name, norm) for name, (kind, _) in ATTACKS.items() for norm in sorted(
 STRONG = [case for case in CASES if case[0] != "noise"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def digits():
     """A small network with 120 test images that it classifies correctly."""

@@ -47,14 +47,6 @@ NUMERICAL_FILES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained():
     """Networks for the first k digits, each with 100 test images, some of them misclassified."""

@@ -41,14 +41,6 @@ LABELS = torch.arange(10).repeat_interleave(2)
 REAL = torch.cat([SPLITS.train.of_class(label)[:2] for label in range(10)])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def tried(path: Path, **given: Any) -> list[tuple[str, str, str]]:
     return accuracies(
         path, "file", PROTOCOL, REGISTRY, Source(None), device=CPU, **{"report": ignore, **given}

@@ -30,14 +30,6 @@ RUN = small_run(Path())
 Behaviour = Callable[[nn.Module, Tensor, Tensor, Threat], Any]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Linear(nn.Module):
     """Light or dark: positive where the sum of the normalised pixels is."""
 

@@ -55,14 +55,6 @@ class Small(Architecture[Options]):
         )
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def toy_set(count: int = 8, seed: int = 0) -> DistilledSet:
     """Return dark and light images that a network can tell apart."""
     generator = torch.Generator().manual_seed(seed)

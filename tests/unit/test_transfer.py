@@ -18,14 +18,6 @@ from rdd_bench_builtin.attacks.transfer import Transfer
 THREATS = [Threat("linf", 0.1), Threat("l2", 0.6)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trained():
     """Six networks of other seeds, and 120 test images of digits that the first gets right."""
